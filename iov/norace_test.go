@@ -1,0 +1,5 @@
+//go:build !race
+
+package iov
+
+const raceEnabled = false
