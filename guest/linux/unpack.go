@@ -1,0 +1,153 @@
+package linux
+
+import (
+	"bufio"
+	"bytes"
+	"compress/bzip2"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
+	"github.com/therootcompany/xz"
+	"github.com/ulikunitz/xz/lzma"
+)
+
+// Bounds on what a payload may ask for. Kernels are below 100 MiB; their build uses windows of up to 128 MiB.
+const (
+	maxUnpacked = 1 << 30 // KERNEL_IMAGE_SIZE: the kernel's own mapping is no larger
+	maxWindow   = 128 << 20
+	magicSize   = 8
+)
+
+// method is a way to compress a payload. The kernel's build (scripts/Makefile.lib) also knows LZO, for which there is
+// no decoder that we would depend on: such kernels unpack themselves.
+type method struct {
+	name    string
+	magic   string
+	ownSize bool // the format itself ends with the unpacked size; otherwise the build appends it
+	open    func(packed *io.SectionReader, size int64) (io.Reader, error)
+}
+
+var methods = []method{
+	{"gzip", "\x1f\x8b\x08", true, func(r *io.SectionReader, _ int64) (io.Reader, error) {
+		return gzip.NewReader(buffered(r))
+	}},
+	{"bzip2", "BZh", false, func(r *io.SectionReader, _ int64) (io.Reader, error) {
+		return bzip2.NewReader(buffered(r)), nil
+	}},
+	{"lzma", "\x5d\x00\x00", false, func(r *io.SectionReader, _ int64) (io.Reader, error) {
+		return lzma.ReaderConfig{DictCap: maxWindow}.NewReader(buffered(r))
+	}},
+	{"xz", "\xfd7zXZ\x00", false, func(r *io.SectionReader, _ int64) (io.Reader, error) {
+		return xz.NewReader(buffered(r), maxWindow)
+	}},
+	{"lz4", "\x02\x21\x4c\x18", false, func(r *io.SectionReader, _ int64) (io.Reader, error) {
+		return lz4.NewReader(buffered(r)), nil
+	}},
+	{"zstd", "\x28\xb5\x2f\xfd", false, unzstd},
+}
+
+func buffered(r io.Reader) io.Reader { return bufio.NewReaderSize(r, 256<<10) }
+
+// unzstd decodes the whole payload at once. Kernels are packed with a window larger than themselves, so a stream would
+// hold as much, and copy it besides.
+func unzstd(r *io.SectionReader, size int64) (io.Reader, error) {
+	packed := make([]byte, r.Size())
+	if err := readFull(r, packed, 0); err != nil {
+		return nil, err
+	}
+	// The decoder refuses windows above its limit on memory, even where the data is smaller.
+	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+		zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(max(uint64(size), maxWindow)))
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	b, err := d.DecodeAll(packed, make([]byte, 0, size))
+	if err != nil {
+		return nil, err
+	}
+	return bytes.NewReader(b), nil
+}
+
+// methodOf returns the method of a payload that begins with head, nil if it is unknown.
+func methodOf(head []byte) *method {
+	for i := range methods {
+		if bytes.HasPrefix(head, []byte(methods[i].magic)) {
+			return &methods[i]
+		}
+	}
+	return nil
+}
+
+// unpacker reads a payload's unpacked bytes: as many as the kernel announces, then io.EOF. Any other length, a bad
+// checksum included, is an error.
+type unpacker struct {
+	name string
+	r    io.Reader
+	left int64
+	err  error // what every further Read returns
+}
+
+func (k *Kernel) unpacker() (*unpacker, error) {
+	b := k.bz
+	src := io.NewSectionReader(k.file, b.payload, b.packed)
+	u := &unpacker{name: b.method.name, left: b.unpacked}
+	var err error
+	if u.r, err = b.method.open(src, b.unpacked); err != nil {
+		return nil, u.explain(err)
+	}
+	return u, nil
+}
+
+func (u *unpacker) Read(p []byte) (int, error) {
+	if u.err != nil {
+		return 0, u.err
+	}
+	if u.left == 0 {
+		u.err = u.finish()
+		return 0, u.err
+	}
+	n, err := u.r.Read(p[:min(int64(len(p)), u.left)])
+	u.left -= int64(n)
+	switch {
+	case err == nil || errors.Is(err, io.EOF) && u.left == 0:
+	case errors.Is(err, io.EOF):
+		u.err = fmt.Errorf("%w: %s data ends %d bytes early", ErrCorrupt, u.name, u.left)
+	default:
+		u.err = u.explain(err)
+	}
+	return n, u.err
+}
+
+// finish makes the decoder read to its end, where checksums are, and returns io.EOF if all is well.
+func (u *unpacker) finish() error {
+	var extra [1]byte
+	switch _, err := io.ReadFull(u.r, extra[:]); {
+	case err == nil:
+		return fmt.Errorf("%w: %s data continues beyond the announced size", ErrCorrupt, u.name)
+	case errors.Is(err, io.EOF):
+		return io.EOF
+	default:
+		return u.explain(err)
+	}
+}
+
+// explain tells data that this package's decoders do not know from broken data.
+func (u *unpacker) explain(err error) error {
+	class := ErrCorrupt
+	for _, e := range []error{
+		xz.ErrOptions, xz.ErrMemlimit, xz.ErrUnsupportedCheck, zstd.ErrWindowSizeExceeded, zstd.ErrUnknownDictionary,
+	} {
+		if errors.Is(err, e) {
+			class = ErrUnsupported
+		}
+	}
+	if _, ok := errors.AsType[*lzma.ErrDictSize](err); ok {
+		class = ErrUnsupported
+	}
+	return fmt.Errorf("%w: %s: %w", class, u.name, err)
+}
