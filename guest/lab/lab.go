@@ -1,0 +1,237 @@
+// Package lab runs commands in a machine that has hardware-like KVM, on hosts that have none: a QEMU without
+// acceleration, whose emulated CPU has SVM, so that Linux inside it serves /dev/kvm by the real kvm_amd.
+//
+// The files in the lab are the host's: the root is the host's, read-only, with what is written kept in memory and lost at
+// the end; the shares are the host's own, written through. The command runs as the lab's root, with whatever rights on the
+// host's files the caller has. The lab is a test bed and protects the host's files from accidents, not from an attacker.
+//
+// Booting a lab takes some seconds. So the first one is saved once it is up, and later ones start from that state.
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kvmlet/kvmlet/guest/agent"
+)
+
+const (
+	// DefaultMemory is a lab's memory in bytes: room for a guest of 5 GiB. The host gives what is really used.
+	DefaultMemory = 6 << 30
+
+	// DefaultCPUs is how many CPUs a lab has.
+	DefaultCPUs = 2
+
+	startTimeout = 120 * time.Second // for boot or restore, on a busy host
+	leaveTimeout = 30 * time.Second  // for writing back the shares at the end
+
+	// marker on the kernel's command line tells a program that it runs in a lab.
+	marker = "kvmlet.lab"
+)
+
+// ErrNoQEMU says that the host lacks QEMU.
+var ErrNoQEMU = errors.New(`qemu-system-x86_64 is not installed (on Debian: "apt-get install --no-install-recommends qemu-system-x86")`)
+
+// Size is that of a terminal, in characters.
+type Size struct{ Rows, Columns uint16 }
+
+// Config says what to run, and in what lab.
+type Config struct {
+	Args []string
+	Env  []string // nil: this process's
+	Dir  string   // empty: this process's
+
+	// Shares are directories and files of the host that the command may change. They must exist.
+	Shares []string
+
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+	TTY            bool // the command gets a terminal, of the size last received from Resize
+	Resize         <-chan Size
+
+	// Signals go to the command, but for the second interrupt or termination, which ends the lab at once.
+	Signals <-chan os.Signal
+
+	Memory int64 // bytes, a multiple of 1 MiB; 0: DefaultMemory
+	CPUs   int   // 0: DefaultCPUs
+	Icount bool  // the lab's clock counts instructions, 1 ns each, so that runs can be compared
+
+	Kernel string // bzImage; empty: image.Kernel
+
+	// Init returns an executable that calls agent.Main as PID 1. It is called only if a lab must be booted. Nil: this
+	// process's executable.
+	Init func(context.Context) (string, error)
+
+	// Progress is told, a line at a time, what takes long. It may be nil.
+	Progress func(line string)
+}
+
+// Inside reports whether this process runs in a lab.
+func Inside() bool {
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	return err == nil && strings.Contains(" "+string(cmdline), " "+marker)
+}
+
+// Run runs a command in a lab and waits for it. The status is valid if the error is nil or an *agent.StartError, which
+// has a shell's 126 or 127. When ctx ends, so does the lab, with everything in it.
+func Run(ctx context.Context, cfg Config) (agent.ExitStatus, error) {
+	if err := cfg.complete(); err != nil {
+		return agent.ExitStatus{}, err
+	}
+	release, err := acquireSlot(ctx, cfg.Progress)
+	if err != nil {
+		return agent.ExitStatus{}, err
+	}
+	defer release()
+	m, err := start(ctx, &cfg)
+	if err != nil {
+		return agent.ExitStatus{}, err
+	}
+	defer m.close()
+	status, err := m.run(ctx, &cfg)
+	var notStarted *agent.StartError
+	if err != nil && !errors.As(err, &notStarted) && ctx.Err() == nil {
+		err = m.explain(err)
+	}
+	return status, err
+}
+
+// complete checks the configuration and fills in what is left to defaults.
+func (cfg *Config) complete() (err error) {
+	if len(cfg.Args) == 0 {
+		return errors.New("lab: no command given")
+	}
+	if cfg.Env == nil {
+		cfg.Env = os.Environ()
+	}
+	if cfg.Dir == "" {
+		if cfg.Dir, err = os.Getwd(); err != nil {
+			return fmt.Errorf("lab: %w", err)
+		}
+	}
+	shares := make([]string, len(cfg.Shares))
+	for i, s := range cfg.Shares {
+		if shares[i], err = filepath.Abs(s); err == nil {
+			shares[i], err = filepath.EvalSymlinks(shares[i])
+		}
+		if err != nil {
+			return fmt.Errorf("lab: share %s: %w", s, err)
+		}
+	}
+	slices.Sort(shares) // an outer directory before what is in it
+	cfg.Shares = shares
+	if cfg.Memory == 0 {
+		cfg.Memory = DefaultMemory
+	}
+	if cfg.CPUs == 0 {
+		cfg.CPUs = DefaultCPUs
+	}
+	if cfg.Memory < 256<<20 || cfg.Memory%(1<<20) != 0 {
+		return fmt.Errorf("lab: memory of %d bytes: must be whole MiB, at least 256", cfg.Memory)
+	}
+	if cfg.CPUs < 0 || cfg.CPUs > 64 {
+		return fmt.Errorf("lab: %d CPUs: must be 1 to 64", cfg.CPUs)
+	}
+	if cfg.Progress == nil {
+		cfg.Progress = func(string) {}
+	}
+	return nil
+}
+
+// run mounts the host's files, runs the command and writes the shares back.
+func (m *machine) run(ctx context.Context, cfg *Config) (agent.ExitStatus, error) {
+	if err := m.enter(ctx, cfg); err != nil {
+		return agent.ExitStatus{}, err
+	}
+	p, err := m.agent.Start(ctx, agent.Command{
+		Args: cfg.Args, Env: cfg.Env, Dir: cfg.Dir, TTY: cfg.TTY, Stdin: cfg.Stdin, Stdout: cfg.Stdout, Stderr: cfg.Stderr,
+	})
+	var status agent.ExitStatus
+	if err == nil {
+		stop := make(chan struct{})
+		go m.forward(p, cfg, stop)
+		status, err = p.Wait()
+		close(stop)
+	} else if failed := (*agent.StartError)(nil); errors.As(err, &failed) {
+		status = failed.Status()
+	}
+	if len(cfg.Shares) > 0 && m.agent.Err() == nil {
+		leave, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTimeout)
+		defer cancel()
+		err = errors.Join(err, m.agent.Sync(leave))
+	}
+	return status, err
+}
+
+// forward passes signals and sizes on to the command.
+func (m *machine) forward(p *agent.Process, cfg *Config, stop <-chan struct{}) {
+	ending := false
+	for {
+		select {
+		case <-stop:
+			return
+		case size := <-cfg.Resize:
+			p.Resize(size.Rows, size.Columns)
+		case sig := <-cfg.Signals:
+			number, ok := sig.(syscall.Signal)
+			if !ok {
+				continue
+			}
+			if number == syscall.SIGINT || number == syscall.SIGTERM {
+				if ending {
+					m.close()
+					return
+				}
+				ending = true
+			}
+			p.Signal(number)
+		}
+	}
+}
+
+// Where the lab puts the host's files together before they become its root.
+const (
+	hostDir   = "/host"  // the host's root, read-only
+	sharesDir = "/share" // the same, writable; out of sight once the root is switched
+	layerDir  = "/layer" // a tmpfs for what is written elsewhere
+	rootDir   = "/new"
+)
+
+// enter makes the host's files the lab's root.
+func (m *machine) enter(ctx context.Context, cfg *Config) error {
+	const transport = "trans=virtio,version=9p2000.L,msize=512000,cache="
+	// What the read-only side has read once it need not ask for again; the shares' other side may change at any time.
+	mounts := []agent.Mount{
+		{Source: rootTag, Target: hostDir, Type: "9p", Flags: unix.MS_RDONLY, Options: transport + "loose"},
+		{Source: "tmpfs", Target: layerDir, Type: "tmpfs", Options: "mode=0755"},
+		{Target: layerDir + "/upper"},
+		{Target: layerDir + "/work"},
+		{
+			Source: "overlay", Target: rootDir, Type: "overlay",
+			Options: fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%[2]s/work", hostDir, layerDir),
+		},
+	}
+	for _, dir := range []string{"/proc", "/sys", "/dev", "/run"} {
+		mounts = append(mounts, agent.Mount{Source: dir, Target: rootDir + dir, Flags: unix.MS_MOVE})
+	}
+	if len(cfg.Shares) > 0 {
+		mounts = append(mounts, agent.Mount{Source: sharesTag, Target: sharesDir, Type: "9p", Options: transport + "mmap"})
+	}
+	for _, s := range cfg.Shares {
+		mounts = append(mounts, agent.Mount{Source: sharesDir + s, Target: rootDir + s, Flags: unix.MS_BIND})
+	}
+	if err := m.agent.Mount(ctx, mounts...); err != nil {
+		return err
+	}
+	return m.agent.SwitchRoot(ctx, rootDir)
+}

@@ -1,0 +1,140 @@
+// Package labtest lets tests that need KVM run by plain "go test" on every host: where KVM is not hardware, the test
+// binary runs itself again in a lab.
+package labtest
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/kvmlet/kvmlet/guest/lab"
+)
+
+// Main is for a package's TestMain, which it ends: func TestMain(m *testing.M) { labtest.Main(m) }. It runs the tests
+// in this process where KVM is hardware, and in a lab with the same arguments, environment and working directory
+// elsewhere. There the host's files can be read at their places; what tests write is lost, but for the profiles and the
+// like that "go test" asks for.
+func Main(m *testing.M) {
+	if !flag.Parsed() {
+		flag.Parse()
+	}
+	if value("test.list") != "" || HardwareKVM() {
+		os.Exit(m.Run())
+	}
+	code, err := runInLab()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "run the tests in a lab, as this host has no hardware KVM: %v\n", err)
+		code = max(code, 1)
+	}
+	os.Exit(code)
+}
+
+var virtualization = regexp.MustCompile(`(?m)^flags\s*:.*\b(svm|vmx)\b`)
+
+// HardwareKVM reports whether /dev/kvm can be opened and is served by the CPU's virtualization, as it is in a lab.
+func HardwareKVM() bool {
+	cpuinfo, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil || !virtualization.Match(cpuinfo) {
+		return false
+	}
+	kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		return false
+	}
+	kvm.Close()
+	for _, module := range []string{"kvm_amd", "kvm_intel"} {
+		if _, err := os.Stat("/sys/module/" + module); err == nil {
+			return true
+		}
+	}
+	return false
+}
+
+func runInLab() (code int, err error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return 1, err
+	}
+	shares, err := outputs()
+	if err != nil {
+		return 1, err
+	}
+	temp, err := os.MkdirTemp("", "labtest-")
+	if err != nil {
+		return 1, err
+	}
+	defer os.RemoveAll(temp)
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP)
+	defer signal.Stop(signals)
+	status, err := lab.Run(context.Background(), lab.Config{
+		Args: append([]string{exe}, os.Args[1:]...), Shares: shares,
+		Stdout: os.Stdout, Stderr: os.Stderr, Signals: signals,
+		Init:     func(ctx context.Context) (string, error) { return pid1(ctx, temp) },
+		Progress: func(line string) { fmt.Fprintln(os.Stderr, "lab:", line) },
+	})
+	return status.Code, err
+}
+
+// pid1 returns a lab's init: the executable that $KVMLET_BIN names, or one built in dir.
+func pid1(ctx context.Context, dir string) (string, error) {
+	if exe := os.Getenv("KVMLET_BIN"); exe != "" {
+		return exe, nil
+	}
+	exe := filepath.Join(dir, "init")
+	// The test's own executable would do, but it may be instrumented, and the saved lab serves others too.
+	build := exec.CommandContext(ctx, "go", "build", "-o", exe, "github.com/kvmlet/kvmlet/guest/lab/labtest/pid1")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%s: %w\n%s(or set KVMLET_BIN to a kvmlet executable)", strings.Join(build.Args, " "), err, out)
+	}
+	return exe, nil
+}
+
+// outputs returns what the testing package's flags say that it shall write. Files are made if they are missing, so that
+// each can be shared alone: its directory may hold the test binary, which is faster to read when it is not shared.
+func outputs() (shares []string, err error) {
+	for _, name := range []string{"test.outputdir", "test.gocoverdir", "test.fuzzcachedir"} {
+		if dir := value(name); dir != "" {
+			shares = append(shares, dir)
+		}
+	}
+	if dir := os.Getenv("GOCOVERDIR"); dir != "" {
+		shares = append(shares, dir)
+	}
+	for _, name := range []string{
+		"test.testlogfile", "test.coverprofile", "test.cpuprofile", "test.memprofile", "test.blockprofile",
+		"test.mutexprofile", "test.trace",
+	} {
+		file := value(name)
+		if file == "" {
+			continue
+		}
+		if dir := value("test.outputdir"); dir != "" && !filepath.IsAbs(file) {
+			continue // in the directory that is shared
+		}
+		f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE, 0o666)
+		if err != nil {
+			return nil, fmt.Errorf("make the file of -%s: %w", name, err)
+		}
+		f.Close()
+		shares = append(shares, file)
+	}
+	return shares, nil
+}
+
+// value returns a flag's value, or "" if the testing package does not have it.
+func value(name string) string {
+	if f := flag.Lookup(name); f != nil {
+		return f.Value.String()
+	}
+	return ""
+}

@@ -1,0 +1,24 @@
+package labtest
+
+import (
+	"os"
+	"testing"
+
+	"github.com/kvmlet/kvmlet/guest/lab"
+)
+
+func TestMain(m *testing.M) { Main(m) }
+
+func TestRunsWhereKVMIsHardware(t *testing.T) {
+	if !HardwareKVM() {
+		t.Error("no hardware KVM here")
+	}
+	wd, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(wd + "/labtest_test.go"); err != nil {
+		t.Errorf("the package's folder is not the working directory: %v", err)
+	}
+	t.Logf("in a lab: %t", lab.Inside())
+}

@@ -1,0 +1,223 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kvmlet/kvmlet/guest/agent"
+)
+
+const (
+	qemuProgram = "qemu-system-x86_64"
+
+	rootTag, sharesTag = "root", "shares"
+
+	// cpuModel has SVM. XSAVE and what needs it must be hidden: QEMU's emulation does not intercept XSETBV, so nested
+	// guests would see sizes in CPUID leaf 0xD that disagree with XCR0.
+	cpuModel = "EPYC,-xsave,-avx,-avx2,-f16c,-fma"
+
+	// kernelCommandLine: the emulated TSC needs no watching, and a panic ends the machine.
+	kernelCommandLine = "console=ttyS0 quiet tsc=reliable panic=-1 mitigations=off kvmlet.hostname=lab " + marker
+)
+
+// hardware is what makes up a lab; saved states are good for the same only.
+type hardware struct {
+	qemu   string // path
+	memory int64
+	cpus   int
+	icount bool
+}
+
+// arguments returns QEMU's, for a machine whose RAM is the given backend. The descriptors are those of our sockets.
+func (h *hardware) arguments(ram string, monitor, agentPort, console int) []string {
+	accel := "tcg,thread=multi"
+	if h.icount {
+		accel = "tcg,thread=single"
+	}
+	share := "none" // a caller without rights cannot give files away, nor can its lab
+	if os.Geteuid() == 0 {
+		share = "passthrough"
+	}
+	args := []string{
+		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-machine", "q35,memory-backend=ram", "-accel", accel, "-cpu", cpuModel,
+		"-smp", fmt.Sprint(h.cpus), "-m", fmt.Sprintf("%dM", h.memory>>20),
+		"-object", fmt.Sprintf("%s,id=ram,size=%d", ram, h.memory),
+		"-chardev", fmt.Sprintf("socket,id=monitor,fd=%d", monitor), "-mon", "chardev=monitor,mode=control",
+		"-chardev", fmt.Sprintf("socket,id=console,fd=%d", console), "-serial", "chardev:console",
+		"-device", "virtio-serial-pci",
+		"-chardev", fmt.Sprintf("socket,id=agent,fd=%d", agentPort),
+		"-device", "virtserialport,chardev=agent,name=" + agent.PortName,
+		"-fsdev", "local,id=root,path=/,readonly=on,multidevs=remap,security_model=none",
+		"-device", "virtio-9p-pci,fsdev=root,mount_tag=" + rootTag,
+		"-fsdev", "local,id=shares,path=/,multidevs=remap,security_model=" + share,
+		"-device", "virtio-9p-pci,fsdev=shares,mount_tag=" + sharesTag,
+	}
+	if h.icount {
+		args = append(args, "-icount", "shift=0,sleep=off")
+	}
+	return args
+}
+
+// machine is a QEMU that runs.
+type machine struct {
+	agent   *agent.Client // set by connect
+	port    *os.File      // the agent's, until connect
+	monitor *monitor
+	console *tail // what the kernel printed
+	stderr  *tail // what QEMU printed
+	kill    func()
+	exited  chan struct{} // closed after err is set
+	err     error
+	once    sync.Once
+}
+
+// launch starts QEMU. extra goes behind the hardware's arguments.
+func launch(h *hardware, ram string, extra ...string) (_ *machine, err error) {
+	m := &machine{console: newTail(), stderr: newTail(), exited: make(chan struct{})}
+	var ours, theirs [3]*os.File // monitor, agent, console
+	defer func() {
+		for _, f := range theirs {
+			f.Close()
+		}
+		if err != nil {
+			for _, f := range ours {
+				f.Close()
+			}
+		}
+	}()
+	for i := range ours {
+		if ours[i], theirs[i], err = socketPair(); err != nil {
+			return nil, err
+		}
+	}
+	const first = 3 // the number of ExtraFiles[0]
+	cmd := exec.Command(h.qemu, append(h.arguments(ram, first, first+1, first+2), extra...)...)
+	cmd.ExtraFiles = theirs[:]
+	cmd.Stdout, cmd.Stderr = m.stderr, m.stderr
+	cmd.Dir = "/"
+	// Terminal interrupts are for us: QEMU would end before the command had a chance.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	go func() {
+		// The kernel sends the death signal when the thread that forked ends, so that thread is kept.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			m.err = cmd.Wait()
+			close(m.exited)
+		}
+	}()
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("start %s: %w", h.qemu, err)
+	}
+	m.kill = func() { cmd.Process.Kill() }
+	m.port = ours[1]
+	go func() {
+		io.Copy(m.console, ours[2])
+		ours[2].Close()
+	}()
+	if m.monitor, err = openMonitor(ours[0]); err != nil {
+		m.close()
+		return nil, m.explain(err)
+	}
+	return m, nil
+}
+
+// socketPair returns both ends of a stream socket: ours, which does not block threads, and one for a child.
+func socketPair() (ours, theirs *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("socketpair", err)
+	}
+	if err := unix.SetNonblock(fds[0], true); err != nil {
+		unix.Close(fds[0])
+		unix.Close(fds[1])
+		return nil, nil, os.NewSyscallError("set a socket non-blocking", err)
+	}
+	return os.NewFile(uintptr(fds[0]), "socket"), os.NewFile(uintptr(fds[1]), "socket"), nil
+}
+
+// connect waits for the agent in the machine.
+func (m *machine) connect(ctx context.Context) (err error) {
+	port := m.port
+	m.port = nil
+	m.agent, err = agent.Connect(ctx, port)
+	if err != nil {
+		return m.explain(err)
+	}
+	return nil
+}
+
+// close ends the machine at once and waits for it. It may be called several times and while others use the machine.
+func (m *machine) close() {
+	m.kill()
+	<-m.exited
+	m.once.Do(func() {
+		if m.agent != nil {
+			m.agent.Close()
+		}
+		if m.port != nil {
+			m.port.Close()
+		}
+		if m.monitor != nil {
+			m.monitor.close()
+		}
+	})
+}
+
+// explain ends the machine and adds what it and its kernel said last to err.
+func (m *machine) explain(err error) error {
+	m.close()
+	var notes strings.Builder
+	for _, part := range []struct {
+		name string
+		tail *tail
+	}{{"QEMU", m.stderr}, {"the lab's kernel", m.console}} {
+		if text := part.tail.String(); text != "" {
+			fmt.Fprintf(&notes, "\nlast words of %s:\n%s", part.name, text)
+		}
+	}
+	return fmt.Errorf("lab: %w%s", err, notes.String())
+}
+
+// tail keeps the last of what is written to it.
+type tail struct {
+	mu  sync.Mutex
+	buf []byte // guarded by mu
+}
+
+const tailSize = 4096
+
+func newTail() *tail { return new(tail) }
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.buf = append(t.buf, p...)
+	if over := len(t.buf) - tailSize; over > 0 {
+		t.buf = append(t.buf[:0], t.buf[over:]...)
+	}
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return string(bytes.TrimSpace(t.buf))
+}
+
+var errGone = errors.New("QEMU ended")

@@ -1,0 +1,406 @@
+package vblk
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/kvmlet/kvmlet/virtio"
+	"github.com/kvmlet/kvmlet/virtio/queue"
+	"github.com/kvmlet/kvmlet/virtio/queue/queuetest"
+)
+
+// As many requests as there are workers are under way at once, and no more; they end in any order.
+func TestRequestsOverlap(t *testing.T) {
+	t.Parallel()
+	const workers, requests = 4, 10
+	m := newMemory(requests)
+	var peak atomic.Int64
+	release := make([]chan struct{}, requests)
+	entered := make(chan int, requests)
+	for i := range release {
+		release[i] = make(chan struct{})
+	}
+	m.hold = func(off int64) {
+		for n := m.underway.Load(); ; {
+			old := peak.Load()
+			if n <= old || peak.CompareAndSwap(old, n) {
+				break
+			}
+		}
+		entered <- int(off / 512)
+		<-release[off/512]
+	}
+	r := start(t, setup{memory: m, Options: Options{Workers: workers}})
+
+	heads := map[uint16]int{}
+	for i := range requests {
+		heads[r.Add([][]byte{header(0, uint64(i))}, [][]byte{space(512), space(1)})] = i
+	}
+	r.Kick()
+	var underway []int
+	for range workers {
+		underway = append(underway, <-entered)
+	}
+	for done := range requests {
+		// The youngest ends first.
+		last := underway[len(underway)-1]
+		underway = underway[:len(underway)-1]
+		close(release[last])
+		if head, written := r.Wait(); heads[head] != last || written != 513 {
+			t.Fatalf("request %d came back with %d bytes, want %d", heads[head], written, last)
+		}
+		if done < requests-workers {
+			underway = append(underway, <-entered)
+		}
+	}
+	if peak.Load() != workers {
+		t.Errorf("%d requests under way at once, want %d", peak.Load(), workers)
+	}
+}
+
+// Reset returns when the requests under way have ended, and starts no other.
+func TestResetDrains(t *testing.T) {
+	t.Parallel()
+	for range 20 {
+		const workers, requests = 4, 40
+		m := newMemory(64)
+		entered, release := make(chan struct{}, requests), make(chan struct{})
+		m.hold = func(int64) {
+			entered <- struct{}{}
+			<-release
+		}
+		r := start(t, setup{memory: m, Options: Options{Workers: workers}})
+		for range requests {
+			r.Add([][]byte{header(0, 0)}, [][]byte{space(512), space(1)})
+		}
+		r.Kick()
+		for range workers {
+			<-entered
+		}
+		go func() {
+			// Stop is what Reset begins with; only then may requests end.
+			for r.Queue.Wait() != queue.ErrStopped {
+				runtime.Gosched()
+			}
+			close(release)
+		}()
+		if err := r.dev.Reset(); err != nil {
+			t.Fatal(err)
+		}
+		if m.underway.Load() != 0 || m.reads.Load() != workers || r.UsedIdx() != workers {
+			t.Fatalf("after Reset: %d requests under way, %d started, %d returned",
+				m.underway.Load(), m.reads.Load(), r.UsedIdx())
+		}
+	}
+}
+
+// Resets come at any moment of a stream of requests; the device is then used again. Nothing is left behind.
+func TestResetLeavesNothing(t *testing.T) { // not parallel: it counts the goroutines of all devices
+	m := newMemory(64)
+	copy(m.data, pattern(len(m.data), 1))
+	dev, _ := newDevice(t, m, false, Options{NumQueues: 2})
+	if err := dev.Reset(); err != nil {
+		t.Fatalf("before the first activation: %v", err)
+	}
+	for i := range 30 {
+		tr := queuetest.Start(t, dev, ^virtio.Features(0), queuetest.Options{Len: 1 << 20})
+		for j := range 20 {
+			for _, d := range tr.Drivers {
+				d.Add([][]byte{header(0, uint64(j))}, [][]byte{space(512), space(1)})
+				d.Kick()
+			}
+			if j == i%20 {
+				tr.Drivers[0].Wait()
+			}
+		}
+		if n := workerCount(t); n == 0 {
+			t.Fatal("no worker runs: this test counts the wrong thing")
+		}
+		for range 2 { // the second finds nothing to do
+			if err := dev.Reset(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := workerCount(t); n != 0 {
+			t.Fatalf("%d workers left after Reset", n)
+		}
+		if m.underway.Load() != 0 {
+			t.Fatal("a request is under way after Reset")
+		}
+		// Guest memory is not touched any more.
+		used := [2]uint16{tr.Drivers[0].UsedIdx(), tr.Drivers[1].UsedIdx()}
+		for _, d := range tr.Drivers {
+			d.Add([][]byte{header(0, 0)}, [][]byte{space(512), space(1)})
+			d.Notify()
+		}
+		if now := [2]uint16{tr.Drivers[0].UsedIdx(), tr.Drivers[1].UsedIdx()}; now != used {
+			t.Fatal("a request was served after Reset")
+		}
+	}
+}
+
+func workerCount(t *testing.T) int {
+	t.Helper()
+	buf := make([]byte, 1<<20)
+	n := runtime.Stack(buf, true)
+	if n == len(buf) {
+		t.Fatal("too many goroutines to look at")
+	}
+	return strings.Count(string(buf[:n]), "vblk.(*server).work(")
+}
+
+// A queue that can't be followed stops, asks for a reset once, and returns what was under way.
+func TestBrokenQueue(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name  string
+		spoil func(r *rig)
+	}{
+		{"available index far ahead", func(r *rig) { r.SetAvailIdx(r.AvailIdx() + r.Config.Size + 1) }},
+		{"head outside the table", func(r *rig) { r.MakeAvailable(r.Config.Size) }},
+		{"looped chain", func(r *rig) {
+			r.SetDesc(9, queuetest.Desc{Addr: r.Alloc(16, 1), Len: 16, Flags: queuetest.FlagNext, Next: 9})
+			r.MakeAvailable(9)
+		}},
+		{"next outside the table", func(r *rig) {
+			r.SetDesc(9, queuetest.Desc{Addr: r.Alloc(16, 1), Len: 16, Flags: queuetest.FlagNext, Next: 0xffff})
+			r.MakeAvailable(9)
+		}},
+		{"buffer outside memory", func(r *rig) {
+			r.SetDesc(9, queuetest.Desc{Addr: 1 << 40, Len: 16})
+			r.MakeAvailable(9)
+		}},
+		{"buffer whose end overflows", func(r *rig) {
+			r.SetDesc(9, queuetest.Desc{Addr: ^uint64(0) - 7, Len: 16})
+			r.MakeAvailable(9)
+		}},
+		{"readable after writable", func(r *rig) {
+			const flags = queuetest.FlagNext | queuetest.FlagWrite
+			r.SetDesc(9, queuetest.Desc{Addr: r.Alloc(16, 1), Len: 16, Flags: flags, Next: 10})
+			r.SetDesc(10, queuetest.Desc{Addr: r.Alloc(16, 1), Len: 16})
+			r.MakeAvailable(9)
+		}},
+		{"indirect table of odd size", func(r *rig) {
+			r.SetDesc(9, queuetest.Desc{Addr: r.Alloc(64, 16), Len: 17, Flags: queuetest.FlagIndirect})
+			r.MakeAvailable(9)
+		}},
+		{"indirect table within itself", func(r *rig) {
+			r.SetDesc(9, r.Table(queuetest.Desc{Addr: r.Alloc(64, 16), Len: 16, Flags: queuetest.FlagIndirect}))
+			r.MakeAvailable(9)
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			m := newMemory(64)
+			entered, release := make(chan struct{}), make(chan struct{})
+			var once sync.Once
+			m.hold = func(int64) { once.Do(func() { close(entered); <-release }) }
+			r := start(t, setup{memory: m})
+			room, status := space(512), space(1)
+			head := r.Add([][]byte{header(0, 0)}, [][]byte{room, status})
+			r.Kick()
+			<-entered
+			tc.spoil(r)
+			r.Notify()
+			<-r.transport.NeedingReset()
+			close(release)
+			if got, written := r.Wait(); got != head || written != 513 || status[0] != 0 {
+				t.Errorf("the request under way: chain %d, %d bytes, status %d", got, written, status[0])
+			}
+			if err := r.dev.Reset(); err != nil {
+				t.Fatal(err)
+			}
+			if m.reads.Load() != 1 || r.UsedIdx() != 1 {
+				t.Errorf("%d reads, %d chains returned, want 1 and 1", m.reads.Load(), r.UsedIdx())
+			}
+
+			// After the reset the driver may start over.
+			tr := queuetest.Start(t, r.dev, ^virtio.Features(0), queuetest.Options{})
+			r.Driver, r.transport = tr.Drivers[0], tr
+			r.alive()
+		})
+	}
+}
+
+// Many requests at once on two queues: every sector ends up with what was last written to it, every read sees it.
+func TestManyRequests(t *testing.T) {
+	t.Parallel()
+	const slots, sectors, rounds = 32, 8, 60 // slots are parts of the disk, each used by one request at a time
+	dev, _ := newDevice(t, newMemory(2*slots*sectors), false, Options{NumQueues: 2, QueueSize: 64, Workers: 4})
+	tr := queuetest.Start(t, dev, ^virtio.Features(0), queuetest.Options{Len: 8 << 20})
+	var drivers sync.WaitGroup
+	for i, d := range tr.Drivers {
+		drivers.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(i), 1))
+			model := make([]byte, slots*sectors*512)
+			base := uint64(i * slots * sectors)
+			type pending struct {
+				want, room, status []byte
+			}
+			for range rounds {
+				inFlight := map[uint16]pending{}
+				for _, slot := range rng.Perm(slots) {
+					first := rng.IntN(sectors)
+					n := (1 + rng.IntN(sectors-first)) * 512
+					at := (slot*sectors + first) * 512
+					sector, status := base+uint64(at/512), space(1)
+					if rng.IntN(2) == 0 {
+						copy(model[at:at+n], pattern(n, rng.IntN(1000)))
+						data := bytes.Clone(model[at : at+n])
+						head := d.Add(cut(append(header(1, sector), data...), rng.IntN(16)+1, rng.IntN(n)+1), [][]byte{status})
+						inFlight[head] = pending{status: status}
+					} else {
+						room := space(n)
+						head := d.Add([][]byte{header(0, sector)}, append(cut(room, rng.IntN(n)+1), status))
+						inFlight[head] = pending{want: bytes.Clone(model[at : at+n]), room: room, status: status}
+					}
+					if rng.IntN(3) == 0 {
+						d.Kick()
+					}
+				}
+				d.Kick()
+				for range slots {
+					head, written := d.Wait()
+					p := inFlight[head]
+					if p.status[0] != 0 || int(written) != len(p.room)+1 || !bytes.Equal(p.room, p.want) {
+						t.Errorf("queue %d, chain %d: status %d, %d bytes written", i, head, p.status[0], written)
+						return
+					}
+				}
+			}
+		})
+	}
+	drivers.Wait()
+}
+
+func TestActivateRefuses(t *testing.T) {
+	t.Parallel()
+	r := start(t, setup{})
+	if err := r.dev.Activate(0, []*queue.Queue{r.Queue}, r.transport); err == nil {
+		t.Error("activated twice")
+	}
+	r.alive()
+	dev, _ := newDevice(t, newMemory(1), false, Options{NumQueues: 2})
+	if err := dev.Activate(0, []*queue.Queue{r.Queue}, r.transport); err == nil {
+		t.Error("activated with a queue missing")
+	}
+	// Both queues left disabled by the driver: nothing to do, nothing to go wrong.
+	if err := dev.Activate(0, make([]*queue.Queue, 2), r.transport); err != nil {
+		t.Error(err)
+	}
+	if err := dev.Activate(0, make([]*queue.Queue, 2), r.transport); err == nil {
+		t.Error("activated twice, without queues")
+	}
+	if err := dev.Reset(); err != nil {
+		t.Error(err)
+	}
+}
+
+// signal is a transport that passes notifications on by a channel, or fails to.
+type signal struct {
+	notified chan struct{}
+	err      error
+}
+
+func (s *signal) NotifyQueue(int) error { s.notified <- struct{}{}; return s.err }
+func (s *signal) NotifyConfig() error   { return nil }
+func (s *signal) NeedsReset()           {}
+
+// startSignal starts a device with one read of 4 KiB prepared as descriptors 0 to 2, and without event-idx, so that
+// every request is notified.
+func startSignal(tb testing.TB, err error) (*Device, *queuetest.Driver, *signal) {
+	dev, _ := newDevice(tb, newMemory(64), false, Options{})
+	d := queuetest.New(tb, 256, queuetest.Options{})
+	tb.Cleanup(func() { _ = dev.Reset() })
+	s := &signal{make(chan struct{}, 1), err}
+	h := d.Alloc(16, 16)
+	copy(d.Bytes(h, 16), header(0, 8))
+	d.SetDesc(0, queuetest.Desc{Addr: h, Len: 16, Flags: queuetest.FlagNext, Next: 1})
+	const flags = queuetest.FlagNext | queuetest.FlagWrite
+	d.SetDesc(1, queuetest.Desc{Addr: d.Alloc(4096, 4096), Len: 4096, Flags: flags, Next: 2})
+	d.SetDesc(2, queuetest.Desc{Addr: d.Alloc(1, 1), Len: 1, Flags: queuetest.FlagWrite})
+	if err := dev.Activate(FeatureFlush, []*queue.Queue{d.Queue}, s); err != nil {
+		tb.Fatal(err)
+	}
+	return dev, d, s
+}
+
+func TestLostNotification(t *testing.T) {
+	t.Parallel()
+	dev, d, s := startSignal(t, errors.New("no interrupt"))
+	for range 3 {
+		d.MakeAvailable(0)
+		d.Kick()
+		<-s.notified
+	}
+	if err := dev.Reset(); err != nil {
+		t.Fatal(err)
+	}
+	if c := dev.Counters(); c != (Counters{LostNotifications: 3}) {
+		t.Errorf("counters %+v", c)
+	}
+}
+
+// From kick to interrupt, in steady state.
+func TestRequestDoesNotAllocate(t *testing.T) {
+	dev, d, s := startSignal(t, nil)
+	request := func() {
+		d.MakeAvailable(0)
+		d.Kick()
+		<-s.notified
+	}
+	for range 2 * dev.workers { // every worker grows its lists once
+		request()
+	}
+	if n := testing.AllocsPerRun(1000, request); n != 0 {
+		t.Errorf("%v allocations per request", n)
+	}
+}
+
+func BenchmarkRead4K(b *testing.B) {
+	b.Run("depth=1", func(b *testing.B) {
+		_, d, s := startSignal(b, nil)
+		b.SetBytes(4096)
+		b.ReportAllocs()
+		for b.Loop() {
+			d.MakeAvailable(0)
+			d.Kick()
+			<-s.notified
+		}
+	})
+	b.Run("depth=32", func(b *testing.B) {
+		r := start(b, setup{})
+		r.Reset()
+		h, status := r.Alloc(16, 16), r.Alloc(1, 1)
+		copy(r.Bytes(h, 16), header(0, 8))
+		for i := range uint16(32) {
+			room := r.Alloc(4096, 4096)
+			t := r.Table(
+				queuetest.Desc{Addr: h, Len: 16, Flags: queuetest.FlagNext, Next: 1},
+				queuetest.Desc{Addr: room, Len: 4096, Flags: queuetest.FlagNext | queuetest.FlagWrite, Next: 2},
+				queuetest.Desc{Addr: status, Len: 1, Flags: queuetest.FlagWrite},
+			)
+			r.SetDesc(i, t)
+		}
+		b.SetBytes(4096)
+		b.ReportAllocs()
+		added, taken := 0, 0
+		for taken < b.N {
+			for added < b.N && added-taken < 32 {
+				r.MakeAvailable(uint16(added % 32))
+				added++
+			}
+			r.Kick()
+			for r.UsedIdx() == uint16(taken) {
+				runtime.Gosched()
+			}
+			taken += int(r.UsedIdx() - uint16(taken))
+		}
+	})
+}

@@ -1,0 +1,137 @@
+package cli
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/kvmlet/kvmlet/vmm"
+)
+
+func TestSize(t *testing.T) {
+	t.Parallel()
+	good := map[string]struct {
+		bytes uint64
+		text  string
+	}{
+		"512M": {512 << 20, "512M"}, "2G": {2 << 30, "2G"}, "2GiB": {2 << 30, "2G"}, "64mb": {64 << 20, "64M"},
+		"1024K": {1 << 20, "1M"}, "65536": {65536, "64K"}, "1T": {1 << 40, "1T"}, "1001": {1001, "1001"}, "0": {0, "0"},
+	}
+	for in, want := range good {
+		var s size
+		if err := s.Set(in); err != nil || uint64(s) != want.bytes || s.String() != want.text {
+			t.Errorf("%q gives %d %q (%v), want %d %q", in, uint64(s), s.String(), err, want.bytes, want.text)
+		}
+	}
+	for _, in := range []string{"", "M", "1.5G", "-1M", "12X", "99999999999999999999", "17179869184G", "0x10M"} {
+		var s size
+		if err := s.Set(in); err == nil {
+			t.Errorf("%q was taken for %d bytes", in, uint64(s))
+		}
+	}
+}
+
+func TestParseDisk(t *testing.T) {
+	t.Parallel()
+	good := map[string]vmm.Disk{
+		"path=a.img":                         {Path: "a.img"},
+		"path=a.img,readonly":                {Path: "a.img", ReadOnly: true},
+		"path=a.img,readonly=off,format=raw": {Path: "a.img"},
+		"readonly=on,id=root,path=/x/y":      {Path: "/x/y", ID: "root", ReadOnly: true},
+		"path=with,,comma.img":               {Path: "with,comma.img"},
+		"path=eq=ual.img":                    {Path: "eq=ual.img"},
+		"path=,,,,x,,,readonly":              {Path: ",,x,", ReadOnly: true},
+	}
+	for in, want := range good {
+		got, err := parseDisk(in)
+		if err != nil || got != want {
+			t.Errorf("parseDisk(%q) = %+v, %v", in, got, err)
+		}
+		again, err := parseDisk(formatDisk(got))
+		if err != nil || again != got {
+			t.Errorf("%q does not survive formatDisk: %q, %v", in, formatDisk(got), err)
+		}
+	}
+	bad := map[string]string{
+		"":                        "empty",
+		"a.img":                   `unknown property "a.img"`,
+		"path=":                   "names no file",
+		"path=a,path=b":           "twice",
+		"path=a,,":                "", // a file called "a,"
+		"path=a,":                 "empty",
+		"path=a,format=qcow2":     "have raw",
+		"path=a,readonly=perhaps": "on or off",
+		"path=a,cache=none":       "unknown property",
+	}
+	for in, want := range bad {
+		_, err := parseDisk(in)
+		if want == "" {
+			if err != nil {
+				t.Errorf("parseDisk(%q): %v", in, err)
+			}
+			continue
+		}
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("parseDisk(%q) says %v, want %q", in, err, want)
+		}
+	}
+}
+
+func FuzzParseDisk(f *testing.F) {
+	f.Add("path=a.img,readonly,id=x")
+	f.Add("path=,,,,,format=raw")
+	f.Fuzz(func(t *testing.T, s string) {
+		d, err := parseDisk(s)
+		if err != nil {
+			return
+		}
+		if again, err := parseDisk(formatDisk(d)); err != nil || again != d {
+			t.Errorf("%q: %+v became %+v (%v)", s, d, again, err)
+		}
+	})
+}
+
+func TestParseNet(t *testing.T) {
+	t.Parallel()
+	c, err := parseNet("tap=vm0,mac=52:54:00:12:34:56,hostip=192.168.77.1/24,id=lan")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Spec.Name != "vm0" || c.ID != "lan" || c.MAC.String() != "52:54:00:12:34:56" || c.guestIP().String() != "192.168.77.2/24" {
+		t.Errorf("parsed as %+v, guest address %v", c, c.guestIP())
+	}
+	if v, ok := c.Spec.Take("hostip"); !ok || v != "192.168.77.1/24" {
+		t.Error("the backend does not get its address")
+	}
+	for in, want := range map[string]string{
+		"":                              "kind",
+		"tap":                           "names no device",
+		"bridge=br0":                    "unknown kind",
+		"tap=vm0,mac=01:00:5e:00:00:01": "multicast",
+		"tap=vm0,mac=junk":              "MAC",
+		"tap=vm0,hostip=192.168.77.1":   "prefix",
+		"tap=vm0,hostip=10.0.0.1/32":    "no address left",
+		"tap=vm0,mac=52:54:00:12:34:56,mac=52:54:00:12:34:57": "twice",
+	} {
+		if _, err := parseNet(in); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("parseNet(%q) says %v, want %q", in, err, want)
+		}
+	}
+}
+
+func TestGuestIP(t *testing.T) {
+	t.Parallel()
+	for host, want := range map[string]string{
+		"10.0.0.1/24":   "10.0.0.2/24",
+		"10.0.0.254/24": "10.0.0.253/24", // the next is the broadcast address
+		"10.0.0.1/30":   "10.0.0.2/30",
+		"10.0.0.2/30":   "10.0.0.1/30",
+		"10.0.0.0/31":   "10.0.0.1/31",
+		"10.0.0.1/31":   "10.0.0.0/31",
+		"fd00::1/64":    "fd00::2/64",
+	} {
+		c, err := parseNet("tap=vm0,hostip=" + host)
+		if err != nil || c.guestIP().String() != want {
+			t.Errorf("a host at %s gives a guest at %v (%v), want %s", host, c.guestIP(), err, want)
+		}
+	}
+}

@@ -1,0 +1,318 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/kvmlet/kvmlet/guest/agent"
+	"github.com/kvmlet/kvmlet/guest/image"
+	"github.com/kvmlet/kvmlet/guest/linux"
+	"github.com/kvmlet/kvmlet/vmm"
+	"github.com/kvmlet/kvmlet/vmm/vcpu"
+)
+
+// plan is a VM to be: the options of `kvmlet run`, checked, with the kernel and the parts of the initrd at hand.
+type plan struct {
+	o     *runOptions
+	cfg   vmm.Config
+	cards []card
+	files []io.Closer
+
+	agent bool // the guest has our init, so commands run in it
+}
+
+// Parameters of the kernel's command line. The console is the first serial port. A panic resets the machine at once,
+// and panic_warm lets the VMM tell that reset from one that was asked for.
+const (
+	baseCmdline  = "console=ttyS0 panic=-1 reboot=panic_warm"
+	quietCmdline = "quiet"
+)
+
+// newPlan checks the options and opens the kernel and the initrd that they name. Nothing is made.
+func newPlan(o *runOptions) (_ *plan, err error) {
+	p := &plan{o: o, agent: o.initrd == "" || len(o.command) > 0}
+	defer func() {
+		if err != nil {
+			p.close()
+		}
+	}()
+	if p.cfg.Template, err = vcpu.ParseTemplate(o.cpu); err != nil {
+		return nil, fmt.Errorf("--cpu: %w", err)
+	}
+	for _, d := range o.disks {
+		disk, err := parseDisk(d)
+		if err != nil {
+			return nil, fmt.Errorf("--disk: %w", err)
+		}
+		if disk.Path, err = absolute(disk.Path); err != nil {
+			return nil, fmt.Errorf("--disk: %w", err)
+		}
+		p.cfg.Disks = append(p.cfg.Disks, disk)
+	}
+	for _, n := range o.nets {
+		c, err := parseNet(n)
+		if err != nil {
+			return nil, fmt.Errorf("--net: %w", err)
+		}
+		p.cards = append(p.cards, c)
+		p.cfg.Nets = append(p.cfg.Nets, c.Net)
+	}
+	p.cfg.CPUs, p.cfg.Memory = o.cpus, uint64(o.memory)
+	if err := checkHostname(o.name); err != nil {
+		return nil, err
+	}
+	if o.timeout < 0 {
+		return nil, fmt.Errorf("--timeout %v: want a positive duration", o.timeout)
+	}
+	if err := p.cfg.Check(); err != nil {
+		return nil, err
+	}
+	if o.kernel != "" {
+		if p.cfg.Kernel, err = linux.Open(o.kernel); err != nil {
+			return nil, err
+		}
+		p.files = append(p.files, p.cfg.Kernel)
+	}
+	if o.initrd != "" {
+		if err := p.addInitrd(o.initrd); err != nil {
+			return nil, err
+		}
+	}
+	p.cfg.Cmdline = p.cmdline()
+	return p, nil
+}
+
+func (p *plan) close() {
+	for _, f := range p.files {
+		_ = f.Close() // read-only
+	}
+}
+
+// addInitrd appends a file to the initial RAM disk.
+func (p *plan) addInitrd(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("initrd: %w", err)
+	}
+	p.files = append(p.files, f)
+	st, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("initrd: %w", err)
+	}
+	if !st.Mode().IsRegular() {
+		return fmt.Errorf("initrd %s: not a regular file", path)
+	}
+	p.cfg.Initrd = append(p.cfg.Initrd, io.NewSectionReader(f, 0, st.Size()))
+	return nil
+}
+
+// cmdline is the kernel's command line: ours first, so that the user's words win.
+func (p *plan) cmdline() string {
+	words := []string{baseCmdline}
+	if p.agent {
+		if p.o.console == "" {
+			words = append(words, quietCmdline)
+		}
+		words = append(words, "kvmlet.hostname="+p.o.name)
+		for _, c := range p.cards {
+			if ip := c.guestIP(); ip.IsValid() {
+				words = append(words, fmt.Sprintf("kvmlet.ip=%v,%v", ip, c.hostIP.Addr()))
+				break // the agent sets up eth0
+			}
+		}
+	}
+	if p.o.appendLine != "" {
+		words = append(words, p.o.appendLine)
+	}
+	return strings.Join(words, " ")
+}
+
+func checkHostname(name string) error {
+	ok := len(name) > 0 && len(name) <= 63
+	for i, r := range name {
+		alnum := r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z'
+		ok = ok && (alnum || i > 0 && r == '-')
+	}
+	if !ok {
+		return fmt.Errorf("--name %q: want 1 to 63 letters, digits and hyphens", name)
+	}
+	return nil
+}
+
+// prepare gets what was not named on the command line: the pinned kernel, unpacked, and the guest image.
+func (p *plan) prepare(ctx context.Context, s streams) error {
+	progress := newProgress(s.err)
+	defer progress.close()
+	store, err := image.OpenStore("")
+	if err != nil {
+		return err
+	}
+	if p.cfg.Kernel == nil {
+		path, err := store.Kernel(ctx)
+		if err != nil {
+			return err
+		}
+		if p.cfg.Kernel, err = linux.Open(path); err != nil {
+			return err
+		}
+		p.files = append(p.files, p.cfg.Kernel)
+		if err := p.unpack(ctx, store, progress); err != nil {
+			return err
+		}
+	}
+	if !p.agent {
+		return nil
+	}
+	if p.o.initrd == "" {
+		path, err := image.Initramfs(ctx, image.Options{Store: store}, progress.image)
+		if err != nil {
+			return err
+		}
+		if err := p.addInitrd(path); err != nil {
+			return err
+		}
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find kvmlet's own program: %w", err)
+	}
+	path, err := store.Init(ctx, exe)
+	if err != nil {
+		return err
+	}
+	return p.addInitrd(path)
+}
+
+// unpack gives the pinned kernel its unpacked form from the cache, so that a later start reads it instead of decompressing.
+func (p *plan) unpack(ctx context.Context, store *image.Store, progress *progress) error {
+	if !p.cfg.Kernel.Packed() {
+		return nil
+	}
+	key := image.KeyOf("vmlinux/1", image.KernelKey().String())
+	unpacked, err := store.Derived(ctx, key, func(w io.Writer) error {
+		progress.text("Unpacking the kernel")
+		return p.cfg.Kernel.Unpack(w)
+	})
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(unpacked)
+	if err != nil {
+		return fmt.Errorf("unpacked kernel: %w", err)
+	}
+	p.files = append(p.files, f)
+	st, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("unpacked kernel: %w", err)
+	}
+	return p.cfg.Kernel.SetUnpacked(f, st.Size())
+}
+
+// powerOffGrace bounds how long a guest may take to power off when its command has ended.
+const powerOffGrace = 20 * time.Second
+
+// consoleLines is how much of a failed guest's console is shown.
+const consoleLines = 25
+
+// boot runs the VM on this host's KVM.
+func (p *plan) boot(ctx context.Context, s streams) (err error) {
+	if err := p.prepare(ctx, s); err != nil {
+		return err
+	}
+	w, closeConsole, err := openConsole(s, p.o.console)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeConsole()) }()
+	if !p.agent {
+		return p.bootConsole(ctx, s, w)
+	}
+	console := &tail{w: w}
+	p.cfg.Console, p.cfg.AgentPort = console, true
+	vm, err := vmm.New(&p.cfg)
+	if err != nil {
+		return err
+	}
+	status, err := p.command(ctx, s, vm)
+	if closed := vm.Close(); err == nil {
+		err = closed
+	}
+	if err == nil && status == 0 {
+		return nil
+	}
+	var ee *exitError
+	if w == nil && errors.As(err, &ee) && ee.err != nil && ee.status != statusTimeout {
+		if last := console.last(consoleLines); len(last) > 0 {
+			fprintf(s.err, "kvmlet: the guest's console ended with\n%s", last)
+		}
+	}
+	if err == nil {
+		err = &exitError{status: status}
+	}
+	return err
+}
+
+// command starts the VM, waits for its agent, runs the command and powers the guest off.
+func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM) (int, error) {
+	if err := vm.Start(); err != nil {
+		return 0, err
+	}
+	// Whatever is waited for below ends when the VM does.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-vm.Ended():
+			cancel(errEnded)
+		case <-ctx.Done():
+		}
+	}()
+	release := stopOnSignal(cancel)
+	client, err := agent.Connect(ctx, vm.AgentPort())
+	release()
+	if err != nil {
+		return 0, p.why(ctx, vm, err)
+	}
+	defer client.Close()
+
+	sess := session{streams: s, args: p.o.command, tty: p.o.tty}
+	if len(sess.args) == 0 {
+		sess.args, sess.tty = []string{"sh"}, isTerminal(s.in)
+	}
+	status, err := sess.run(ctx, client)
+	if err != nil {
+		return 0, p.why(ctx, vm, err)
+	}
+	// The guest ends its own way, so that its disks are whole.
+	end, stop := context.WithTimeout(context.WithoutCancel(ctx), powerOffGrace)
+	defer stop()
+	if err := client.Poweroff(end); err == nil {
+		_, _ = vm.Wait(end) // a guest that does not end in time is stopped by Close
+	}
+	return status, nil
+}
+
+// errEnded is the cause of a session's end by the VM's.
+var errEnded = errors.New("the VM ended")
+
+// why finds the reason for an error behind a session that broke off: the VM's own end, the user's wish, or err.
+func (p *plan) why(ctx context.Context, vm *vmm.VM, err error) error {
+	if e := leaveError(context.Cause(ctx)); e != nil {
+		return e
+	}
+	if e := leaveError(err); e != nil {
+		return e
+	}
+	// The agent's connection may be gone an instant before the VM is.
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if end, waitErr := vm.Wait(grace); waitErr == nil {
+		return endError(end)
+	}
+	return &exitError{statusError, err}
+}

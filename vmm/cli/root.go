@@ -1,0 +1,102 @@
+// Package cli holds kvmlet's commands, one file each. main only calls Main.
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+)
+
+// Exit statuses of kvmlet itself. With a COMMAND its own status is passed on, so these follow what env(1), timeout(1)
+// and docker run use, and stay clear of the small numbers that commands use.
+const (
+	statusOK          = 0
+	statusReboot      = 120 // the guest rebooted
+	statusTripleFault = 121 // the guest's CPU shut down
+	statusPanic       = 122 // the guest's kernel panicked
+	statusStopped     = 123 // the VM was stopped from outside: Ctrl-A x, or a signal
+	statusTimeout     = 124 // --timeout ran out
+	statusError       = 125 // kvmlet itself failed, or the command line was wrong
+)
+
+// exitError carries an exit status through cobra. A nil err means that all is said already.
+type exitError struct {
+	status int
+	err    error
+}
+
+func (e *exitError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit status %d", e.status)
+	}
+	return e.err.Error()
+}
+
+func (e *exitError) Unwrap() error { return e.err }
+
+// streams are the standard streams of a command, replaced in tests.
+type streams struct {
+	in       *os.File
+	out, err *os.File
+}
+
+// Main runs the command line and returns the exit status.
+func Main(ctx context.Context, args []string) int {
+	return run(ctx, args, streams{os.Stdin, os.Stdout, os.Stderr})
+}
+
+func run(ctx context.Context, args []string, s streams) int {
+	cmd := newRoot(s)
+	cmd.SetArgs(args)
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return statusOK
+	}
+	var ee *exitError
+	if !errors.As(err, &ee) {
+		ee = &exitError{status: statusError, err: err}
+	}
+	if ee.err != nil {
+		fmt.Fprintf(s.err, "kvmlet: %v\n", ee.err)
+	}
+	return ee.status
+}
+
+func newRoot(s streams) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "kvmlet",
+		Short: "Run a Linux machine of its own for a test, a benchmark or a CI job",
+		Long: `kvmlet is a virtual machine monitor on KVM. It boots a Linux guest in which a command runs as if it were local:
+its output comes out here, and its exit status is kvmlet's. Where KVM is missing, or emulated in software, the
+same commands run in the lab, a QEMU machine that has hardware-like KVM; only slower.`,
+		Example: `  kvmlet run                              an interactive shell in a new VM
+  kvmlet run -- uname -a                  one command, and its exit status
+  kvmlet run --disk path=test.img -- lsblk
+  kvmlet probe                            what this host can do`,
+		Version:       version(),
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.SetIn(s.in)
+	root.SetOut(s.out)
+	root.SetErr(s.err)
+	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
+	root.AddCommand(newRun(s), newProbe(s), newLab(s))
+	return root
+}
+
+// version is the module's version as the Go toolchain recorded it.
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
+
+// fprintf writes to a stream that cannot be helped if it fails.
+func fprintf(w io.Writer, format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }

@@ -1,0 +1,151 @@
+package vmm
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/blk/raw"
+	"github.com/kvmlet/kvmlet/guest/linux"
+	"github.com/kvmlet/kvmlet/net"
+	"github.com/kvmlet/kvmlet/net/tap"
+	"github.com/kvmlet/kvmlet/vmm/vcpu"
+)
+
+// Config describes a VM. New checks it as a whole before it makes anything.
+type Config struct {
+	CPUs     int           // 1 to MaxCPUs
+	Memory   uint64        // bytes, MinMemory to MaxMemory, a multiple of 2 MiB
+	Template vcpu.Template // of CPU features; empty means vcpu.Host
+
+	Kernel  *linux.Kernel // parsed; New does not close it
+	Initrd  []linux.Blob  // parts of the initial RAM disk, loaded one behind the other
+	Cmdline string        // the kernel's command line
+
+	Disks []Disk // /dev/vda, /dev/vdb, ... in this order
+	Nets  []Net  // eth0, eth1, ... in this order
+
+	// Console takes what the guest sends on its first serial port; nil discards it. VM.Serial sends to it.
+	Console io.Writer
+
+	// AgentPort gives the guest a virtio-console with the agent's port; VM.AgentPort is the host's end.
+	AgentPort bool
+}
+
+// Disk is a virtio-blk device over a raw image or a block device of the host.
+type Disk struct {
+	ID       string // the serial number that the guest sees; empty: the position, such as disk0
+	Path     string
+	ReadOnly bool
+}
+
+// Net is a virtio-net device.
+type Net struct {
+	ID   string
+	Spec *net.Spec // the backend, such as tap=vm0
+	MAC  net.MAC   // zero: a random one
+}
+
+// Backends are the kinds of network that a Net may name.
+func Backends() net.Registry { return net.Registry{"tap": tap.FromSpec} }
+
+// Errors of a bad Config that callers branch on.
+var (
+	ErrMemory    = errors.New("bad memory size")
+	ErrCPUs      = errors.New("bad number of CPUs")
+	ErrDuplicate = errors.New("used twice")
+)
+
+// memoryStep keeps guest memory fit for huge pages.
+const memoryStep = 2 << 20
+
+// Check reports what is wrong with c without opening or making anything, apart from what the host itself can do.
+func (c *Config) Check() error {
+	switch {
+	case c.CPUs < 1 || c.CPUs > MaxCPUs:
+		return fmt.Errorf("%w: %d: want 1 to %d", ErrCPUs, c.CPUs, MaxCPUs)
+	case c.Memory < MinMemory || c.Memory > MaxMemory:
+		return fmt.Errorf("%w: %d MiB: want %d MiB to %d GiB", ErrMemory, c.Memory>>20, MinMemory>>20, MaxMemory>>30)
+	case c.Memory%memoryStep != 0:
+		return fmt.Errorf("%w: %d bytes: want a multiple of 2 MiB", ErrMemory, c.Memory)
+	}
+	if have := hostMemory(); c.Memory > have {
+		return fmt.Errorf("%w: %d MiB: this host has %d MiB", ErrMemory, c.Memory>>20, have>>20)
+	}
+	return c.checkIDs()
+}
+
+// checkIDs finds names and files that two devices would share.
+func (c *Config) checkIDs() error {
+	ids, files := map[string]bool{}, map[string]bool{}
+	for i := range c.Disks {
+		d := &c.Disks[i]
+		if id := d.id(i); ids[id] {
+			return fmt.Errorf("disk id %s: %w", id, ErrDuplicate)
+		}
+		ids[d.id(i)] = true
+		if files[d.Path] {
+			return fmt.Errorf("disk %s: %w", d.Path, ErrDuplicate)
+		}
+		files[d.Path] = true
+	}
+	taps := map[string]bool{}
+	macs := map[net.MAC]bool{}
+	for i := range c.Nets {
+		n := &c.Nets[i]
+		if id := n.id(i); ids[id] {
+			return fmt.Errorf("network id %s: %w", id, ErrDuplicate)
+		}
+		ids[n.id(i)] = true
+		if n.Spec != nil && n.Spec.Name != "" {
+			if taps[n.Spec.Name] {
+				return fmt.Errorf("%s %s: %w", n.Spec.Kind, n.Spec.Name, ErrDuplicate)
+			}
+			taps[n.Spec.Name] = true
+		}
+		if n.MAC != (net.MAC{}) && macs[n.MAC] {
+			return fmt.Errorf("MAC address %v: %w", n.MAC, ErrDuplicate)
+		}
+		macs[n.MAC] = true
+	}
+	return nil
+}
+
+func (d *Disk) id(i int) string {
+	if d.ID != "" {
+		return d.ID
+	}
+	return fmt.Sprintf("disk%d", i)
+}
+
+func (n *Net) id(i int) string {
+	if n.ID != "" {
+		return n.ID
+	}
+	return fmt.Sprintf("net%d", i)
+}
+
+// hostMemory returns the host's RAM in bytes.
+func hostMemory() uint64 {
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return MaxMemory // sysinfo cannot fail; if it does, the reservation will tell
+	}
+	return uint64(si.Totalram) * uint64(si.Unit)
+}
+
+// openDisk opens and locks a disk's file.
+func openDisk(d Disk) (*blk.Device, error) {
+	f, err := raw.Open(d.Path, raw.Options{ReadOnly: d.ReadOnly})
+	if err != nil {
+		return nil, err
+	}
+	dev, err := blk.New(f, blk.Options{ReadOnly: d.ReadOnly})
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return dev, nil
+}

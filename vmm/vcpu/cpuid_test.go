@@ -1,0 +1,159 @@
+package vcpu
+
+import (
+	"testing"
+
+	"github.com/kvmlet/kvmlet/vmm/kvm"
+)
+
+// supported is a small host: an AMD CPU with caches, topology leaves and more features than the baseline.
+func supported() []kvm.CPUIDEntry {
+	return []kvm.CPUIDEntry{
+		{Function: 0, Eax: 0x1F, Ebx: 0x68747541, Ecx: 0x444d4163, Edx: 0x69746e65},
+		{Function: 1, Eax: 0x800F12, Ebx: 0x07_02_08_00, Ecx: 0xFFFF_FFFF &^ (1 << 24), Edx: 0xFFFF_FFFF},
+		{Function: 4, Index: 0, Flags: kvm.CPUIDSignificantIndex, Eax: 0x21 | 5<<14 | 9<<26},
+		{Function: 4, Index: 1, Flags: kvm.CPUIDSignificantIndex, Eax: 0x63 | 5<<14 | 9<<26},
+		{Function: 4, Index: 2, Flags: kvm.CPUIDSignificantIndex},
+		{Function: 5, Ecx: 3},
+		{Function: 6, Eax: 0xFF, Ecx: 9},
+		{Function: 7, Index: 0, Flags: kvm.CPUIDSignificantIndex, Eax: 1, Ebx: 0xFFFF_FFFF},
+		{Function: 7, Index: 1, Flags: kvm.CPUIDSignificantIndex, Eax: 0xFF},
+		{Function: 0xA, Eax: 0x0730_0402},
+		{Function: 0xB, Index: 0, Flags: kvm.CPUIDSignificantIndex, Edx: 77},
+		{Function: 0xD, Index: 0, Flags: kvm.CPUIDSignificantIndex, Eax: 7},
+		{Function: 0x4000_0000, Eax: 0x4000_0001, Ebx: 0x4b4d564b},
+		{Function: 0x8000_0001, Ecx: 0xFFFF_FFFF, Edx: 0xFFFF_FFFF},
+		{Function: 0x8000_0008, Ecx: 0x7007},
+		{Function: 0x8000_001D, Index: 3, Flags: kvm.CPUIDSignificantIndex, Eax: 0x63 | 3<<14},
+		{Function: 0x8000_001E, Eax: 99, Ebx: 0x101, Ecx: 5},
+	}
+}
+
+func find(t *testing.T, entries []kvm.CPUIDEntry, function, index uint32) kvm.CPUIDEntry {
+	t.Helper()
+	for _, e := range entries {
+		if e.Function == function && e.Index == index {
+			return e
+		}
+	}
+	t.Fatalf("no leaf %#x index %d", function, index)
+	return kvm.CPUIDEntry{}
+}
+
+func has(entries []kvm.CPUIDEntry, function uint32) bool {
+	for _, e := range entries {
+		if e.Function == function {
+			return true
+		}
+	}
+	return false
+}
+
+func TestTopology(t *testing.T) {
+	t.Parallel()
+	for _, n := range []int{1, 2, 3, 8, 64} {
+		shift := 0
+		for 1<<shift < n {
+			shift++
+		}
+		for id := range n {
+			l := Host.CPUID(supported(), id, n, true)
+			one := find(t, l, 1, 0)
+			if got := int(one.Ebx >> 24); got != id {
+				t.Errorf("CPU %d of %d: initial APIC id %d", id, n, got)
+			}
+			if got := one.Ebx >> 16 & 0xFF; int(got) != 1<<shift {
+				t.Errorf("CPU %d of %d: %d logical processors", id, n, got)
+			}
+			if got := one.Edx>>28&1 == 1; got != (n > 1) {
+				t.Errorf("CPU %d of %d: HTT is %v", id, n, got)
+			}
+			for _, leaf := range []uint32{0xB, 0x1F} {
+				smt, core := find(t, l, leaf, 0), find(t, l, leaf, 1)
+				if smt.Eax != 0 || smt.Ebx != 1 || smt.Ecx != 0x100 || int(smt.Edx) != id {
+					t.Errorf("CPU %d of %d: leaf %#x level 0 is %+v", id, n, leaf, smt)
+				}
+				if int(core.Eax) != shift || int(core.Ebx) != n || core.Ecx != 0x201 || int(core.Edx) != id {
+					t.Errorf("CPU %d of %d: leaf %#x level 1 is %+v", id, n, leaf, core)
+				}
+			}
+			if e := find(t, l, 0x8000_001E, 0); int(e.Eax) != id || int(e.Ebx) != id {
+				t.Errorf("CPU %d of %d: leaf 0x8000001E is %+v", id, n, e)
+			}
+			if e := find(t, l, 0x8000_0008, 0); int(e.Ecx&0xFF) != n-1 || int(e.Ecx>>12&15) != shift {
+				t.Errorf("CPU %d of %d: leaf 0x80000008 ECX %#x", id, n, e.Ecx)
+			}
+			if e := find(t, l, 4, 0); e.Eax>>14&0xFFF != 0 || int(e.Eax>>26) != n-1 {
+				t.Errorf("CPU %d of %d: the first-level cache is shared: EAX %#x", id, n, e.Eax)
+			}
+			if e := find(t, l, 4, 1); int(e.Eax>>14&0xFFF) != n-1 {
+				t.Errorf("CPU %d of %d: the third-level cache is not shared by all: EAX %#x", id, n, e.Eax)
+			}
+			if e := find(t, l, 4, 2); e.Eax != 0 {
+				t.Errorf("CPU %d of %d: the end of the cache list became %#x", id, n, e.Eax)
+			}
+		}
+	}
+}
+
+func TestHostTemplate(t *testing.T) {
+	t.Parallel()
+	in := supported()
+	l := Host.CPUID(in, 0, 2, true)
+	one := find(t, l, 1, 0)
+	if one.Ecx>>24&1 != 1 || one.Ecx>>31 != 1 || one.Ecx>>27&1 != 0 {
+		t.Errorf("leaf 1 ECX %#x: want TSC deadline, hypervisor, no OSXSAVE", one.Ecx)
+	}
+	if one.Ebx&0xFFFF != 0x0800 {
+		t.Errorf("leaf 1 EBX %#x: the CLFLUSH size is lost", one.Ebx)
+	}
+	if Host.CPUID(in, 0, 2, false)[1].Ecx>>24&1 != 0 {
+		t.Error("a TSC deadline timer without one in the APIC")
+	}
+	if has(l, 0xA) || has(l, 5) {
+		t.Error("the guest is shown a PMU or MWAIT")
+	}
+	if !has(l, 0x4000_0000) || find(t, l, 7, 0).Ebx != 0xFFFF_FFFF {
+		t.Error("the host template withholds features")
+	}
+	if in[1] != supported()[1] {
+		t.Error("the caller's list was changed")
+	}
+	for i := 1; i < len(l); i++ {
+		if a, b := l[i-1], l[i]; a.Function > b.Function || a.Function == b.Function && a.Index >= b.Index {
+			t.Errorf("leaves out of order or twice: %#x.%d, %#x.%d", a.Function, a.Index, b.Function, b.Index)
+		}
+	}
+}
+
+func TestBaselineTemplate(t *testing.T) {
+	t.Parallel()
+	l := Baseline.CPUID(supported(), 1, 2, true)
+	one := find(t, l, 1, 0)
+	const avx, xsave, fma, popcnt, sse42 = 1 << 28, 1 << 26, 1 << 12, 1 << 23, 1 << 20
+	if one.Ecx&(avx|xsave|fma) != 0 || one.Ecx&popcnt == 0 || one.Ecx&sse42 == 0 || one.Ecx>>31 != 1 {
+		t.Errorf("leaf 1 ECX %#x is not x86-64-v2", one.Ecx)
+	}
+	if e := find(t, l, 7, 0); e.Eax|e.Ebx|e.Ecx|e.Edx != 0 {
+		t.Errorf("leaf 7 is %+v", e)
+	}
+	if has(l, 0xD) {
+		t.Error("XSAVE state without XSAVE")
+	}
+	const lm, nx, syscall = 1 << 29, 1 << 20, 1 << 11
+	if e := find(t, l, 0x8000_0001, 0); e.Edx&(lm|nx|syscall) != lm|nx|syscall || e.Ecx != 1 {
+		t.Errorf("leaf 0x80000001 is %+v", e)
+	}
+}
+
+func TestParseTemplate(t *testing.T) {
+	t.Parallel()
+	for _, name := range []Template{Host, Baseline} {
+		if got, err := ParseTemplate(string(name)); got != name || err != nil {
+			t.Errorf("ParseTemplate(%q) = %q, %v", name, got, err)
+		}
+	}
+	if _, err := ParseTemplate("fast"); err == nil {
+		t.Error("an unknown template was accepted")
+	}
+}
