@@ -92,11 +92,11 @@ func (vm *VM) Start() error {
 func (vm *VM) Pause() error {
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
-	if vm.state == pausedState {
-		return nil
-	}
-	if vm.state != running || vm.isEnded() {
+	switch {
+	case vm.state == built || vm.isEnded():
 		return fmt.Errorf("pause: %w", ErrState)
+	case vm.state == pausedState:
+		return nil
 	}
 	for _, c := range vm.cpus {
 		c.Pause()
@@ -109,11 +109,11 @@ func (vm *VM) Pause() error {
 func (vm *VM) Resume() error {
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
-	if vm.state == running {
-		return nil
-	}
-	if vm.state != pausedState || vm.isEnded() {
+	switch {
+	case vm.state == built || vm.isEnded():
 		return fmt.Errorf("resume: %w", ErrState)
+	case vm.state == running:
+		return nil
 	}
 	vm.state = running
 	for _, c := range vm.cpus {

@@ -156,7 +156,7 @@ func build(t *testing.T, c code) (*VM, *output) {
 	return vm, out
 }
 
-// finishAndClose runs the VM to its end and returns what came out.
+// runToEnd runs the VM to its end and returns what came out.
 func runToEnd(t *testing.T, vm *VM, out *output) (End, string) {
 	t.Helper()
 	if err := vm.Start(); err != nil {

@@ -130,7 +130,9 @@ func New(dev virtio.Device, mem *memory.Memory, host Host) (*Function, error) {
 			return nil, errors.Join(fmt.Errorf("doorbell of queue %d: %w", i, err), f.closeEvents())
 		}
 		f.queues[i].max, f.queues[i].kick = size, ev
+		f.queues[i].vector.Store(noVector)
 	}
+	f.configVector.Store(noVector)
 	f.config.init(dev.ID(), len(f.vectors))
 	f.clear()
 	return f, nil

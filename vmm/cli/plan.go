@@ -4,26 +4,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"strings"
 	"time"
 
 	"github.com/kvmlet/kvmlet/guest/agent"
-	"github.com/kvmlet/kvmlet/guest/image"
-	"github.com/kvmlet/kvmlet/guest/linux"
 	"github.com/kvmlet/kvmlet/vmm"
 	"github.com/kvmlet/kvmlet/vmm/vcpu"
 )
 
-// plan is a VM to be: the options of `kvmlet run`, checked, with the kernel and the parts of the initrd at hand.
+// plan is a VM to be: the options of `kvmlet run`, checked, and once prepared what it boots from.
 type plan struct {
 	o     *runOptions
 	cfg   vmm.Config
 	cards []card
-	files []io.Closer
-
 	agent bool // the guest has our init, so commands run in it
+	image *vmm.Image
 }
 
 // Parameters of the kernel's command line. The console is the first serial port. A panic resets the machine at once,
@@ -33,14 +28,9 @@ const (
 	quietCmdline = "quiet"
 )
 
-// newPlan checks the options and opens the kernel and the initrd that they name. Nothing is made.
+// newPlan checks the options. Nothing is opened or made.
 func newPlan(o *runOptions) (_ *plan, err error) {
 	p := &plan{o: o, agent: o.initrd == "" || len(o.command) > 0}
-	defer func() {
-		if err != nil {
-			p.close()
-		}
-	}()
 	if p.cfg.Template, err = vcpu.ParseTemplate(o.cpu); err != nil {
 		return nil, fmt.Errorf("--cpu: %w", err)
 	}
@@ -72,43 +62,14 @@ func newPlan(o *runOptions) (_ *plan, err error) {
 	if err := p.cfg.Check(); err != nil {
 		return nil, err
 	}
-	if o.kernel != "" {
-		if p.cfg.Kernel, err = linux.Open(o.kernel); err != nil {
-			return nil, err
-		}
-		p.files = append(p.files, p.cfg.Kernel)
-	}
-	if o.initrd != "" {
-		if err := p.addInitrd(o.initrd); err != nil {
-			return nil, err
-		}
-	}
 	p.cfg.Cmdline = p.cmdline()
 	return p, nil
 }
 
 func (p *plan) close() {
-	for _, f := range p.files {
-		_ = f.Close() // read-only
+	if p.image != nil {
+		_ = p.image.Close() // read-only
 	}
-}
-
-// addInitrd appends a file to the initial RAM disk.
-func (p *plan) addInitrd(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("initrd: %w", err)
-	}
-	p.files = append(p.files, f)
-	st, err := f.Stat()
-	if err != nil {
-		return fmt.Errorf("initrd: %w", err)
-	}
-	if !st.Mode().IsRegular() {
-		return fmt.Errorf("initrd %s: not a regular file", path)
-	}
-	p.cfg.Initrd = append(p.cfg.Initrd, io.NewSectionReader(f, 0, st.Size()))
-	return nil
 }
 
 // cmdline is the kernel's command line: ours first, so that the user's words win.
@@ -144,73 +105,18 @@ func checkHostname(name string) error {
 	return nil
 }
 
-// prepare gets what was not named on the command line: the pinned kernel, unpacked, and the guest image.
-func (p *plan) prepare(ctx context.Context, s streams) error {
+// prepare opens what the VM boots from, and makes what is missing.
+func (p *plan) prepare(ctx context.Context, s streams) (err error) {
 	progress := newProgress(s.err)
 	defer progress.close()
-	store, err := image.OpenStore("")
-	if err != nil {
-		return err
-	}
-	if p.cfg.Kernel == nil {
-		path, err := store.Kernel(ctx)
-		if err != nil {
-			return err
-		}
-		if p.cfg.Kernel, err = linux.Open(path); err != nil {
-			return err
-		}
-		p.files = append(p.files, p.cfg.Kernel)
-		if err := p.unpack(ctx, store, progress); err != nil {
-			return err
-		}
-	}
-	if !p.agent {
-		return nil
-	}
-	if p.o.initrd == "" {
-		path, err := image.Initramfs(ctx, image.Options{Store: store}, progress.image)
-		if err != nil {
-			return err
-		}
-		if err := p.addInitrd(path); err != nil {
-			return err
-		}
-	}
-	exe, err := os.Executable()
-	if err != nil {
-		return fmt.Errorf("find kvmlet's own program: %w", err)
-	}
-	path, err := store.Init(ctx, exe)
-	if err != nil {
-		return err
-	}
-	return p.addInitrd(path)
-}
-
-// unpack gives the pinned kernel its unpacked form from the cache, so that a later start reads it instead of decompressing.
-func (p *plan) unpack(ctx context.Context, store *image.Store, progress *progress) error {
-	if !p.cfg.Kernel.Packed() {
-		return nil
-	}
-	key := image.KeyOf("vmlinux/1", image.KernelKey().String())
-	unpacked, err := store.Derived(ctx, key, func(w io.Writer) error {
-		progress.text("Unpacking the kernel")
-		return p.cfg.Kernel.Unpack(w)
+	p.image, err = vmm.OpenImage(ctx, vmm.ImageOptions{
+		Kernel: p.o.kernel, Initrd: p.o.initrd, Agent: p.agent, Progress: progress.image,
 	})
 	if err != nil {
 		return err
 	}
-	f, err := os.Open(unpacked)
-	if err != nil {
-		return fmt.Errorf("unpacked kernel: %w", err)
-	}
-	p.files = append(p.files, f)
-	st, err := f.Stat()
-	if err != nil {
-		return fmt.Errorf("unpacked kernel: %w", err)
-	}
-	return p.cfg.Kernel.SetUnpacked(f, st.Size())
+	p.cfg.Kernel, p.cfg.Initrd = p.image.Kernel, p.image.Initrd
+	return nil
 }
 
 // powerOffGrace bounds how long a guest may take to power off when its command has ended.
