@@ -134,7 +134,7 @@ func hostMemory() uint64 {
 	if err := unix.Sysinfo(&si); err != nil {
 		return MaxMemory // sysinfo cannot fail; if it does, the reservation will tell
 	}
-	return uint64(si.Totalram) * uint64(si.Unit)
+	return si.Totalram * uint64(si.Unit)
 }
 
 // openDisk opens and locks a disk's file.

@@ -68,7 +68,7 @@ func Inspect() *Probe {
 	}
 	var si unix.Sysinfo_t
 	if err := unix.Sysinfo(&si); err == nil {
-		p.Memory = uint64(si.Totalram) * uint64(si.Unit)
+		p.Memory = si.Totalram * uint64(si.Unit)
 	}
 	p.Features = append(p.Features, p.inspectKVM(), inspectTap(), inspectIOUring())
 	return p

@@ -59,11 +59,11 @@ type keep struct {
 func newKeep(ctx context.Context, cfg *Config) (*keep, error) {
 	qemu, err := exec.LookPath(qemuProgram)
 	if err != nil {
-		return nil, fmt.Errorf("lab: %w", ErrNoQEMU)
+		return nil, ErrNoQEMU
 	}
 	store, err := image.OpenStore("")
 	if err != nil {
-		return nil, fmt.Errorf("lab: %w", err)
+		return nil, err
 	}
 	k := &keep{
 		cfg: cfg, kernel: cfg.Kernel, dir: filepath.Join(store.Dir(), "lab"),
@@ -71,20 +71,20 @@ func newKeep(ctx context.Context, cfg *Config) (*keep, error) {
 	}
 	if k.kernel == "" {
 		if k.kernel, err = store.Kernel(ctx); err != nil {
-			return nil, fmt.Errorf("lab: %w", err)
+			return nil, err
 		}
 	}
 	parts := []string{"lab/1", agent.Fingerprint(), kernelCommandLine}
 	for _, file := range []string{qemu, k.kernel} {
 		key, err := image.StatKey(file)
 		if err != nil {
-			return nil, fmt.Errorf("lab: %w", err)
+			return nil, err
 		}
 		parts = append(parts, file, key.String())
 	}
 	k.key = image.KeyOf(append(parts, k.hw.arguments("ram", 0, 0, 0)...)...)
 	if err := os.MkdirAll(k.dir, 0o700); err != nil {
-		return nil, fmt.Errorf("lab: make the cache folder: %w", err)
+		return nil, fmt.Errorf("make the cache folder: %w", err)
 	}
 	return k, nil
 }
@@ -109,14 +109,14 @@ func (k *keep) find(ctx context.Context) (string, error) {
 	k.prune()
 	temp, err := os.MkdirTemp(k.dir, tempPrefix)
 	if err != nil {
-		return "", fmt.Errorf("lab: %w", err)
+		return "", err
 	}
 	defer os.RemoveAll(temp)
 	if err := k.build(ctx, temp); err != nil {
 		return "", err
 	}
 	if err := os.Rename(temp, path); err != nil {
-		return "", fmt.Errorf("lab: %w", err)
+		return "", err
 	}
 	return path, nil
 }
@@ -169,13 +169,13 @@ func (k *keep) build(ctx context.Context, dir string) (err error) {
 	}
 	state, err := os.Create(filepath.Join(dir, stateFile))
 	if err != nil {
-		return fmt.Errorf("lab: %w", err)
+		return err
 	}
 	defer state.Close()
 	ctx, cancel := limit(ctx)
 	defer cancel()
 	ram := "memory-backend-file,share=on,mem-path=" + escape(filepath.Join(dir, ramFile))
-	m, err := launch(&k.hw, ram, "-kernel", k.kernel, "-initrd", initramfs, "-append", kernelCommandLine)
+	m, err := launch(ctx, &k.hw, ram, "-kernel", k.kernel, "-initrd", initramfs, "-append", kernelCommandLine)
 	if err != nil {
 		return err
 	}
@@ -184,12 +184,9 @@ func (k *keep) build(ctx context.Context, dir string) (err error) {
 	if err := m.connect(ctx); err != nil {
 		return err
 	}
-	if err := m.agent.Sync(ctx); err != nil {
-		return m.explain(err)
-	}
 	m.agent.Close() // the agent then waits for the next host
 	if err := m.monitor.migrate("migrate", state); err != nil {
-		return m.explain(errors.Join(context.Cause(ctx), err))
+		return m.explain(cmp.Or(context.Cause(ctx), err))
 	}
 	m.close()
 	os.Remove(initramfs)
@@ -200,19 +197,19 @@ func (k *keep) build(ctx context.Context, dir string) (err error) {
 func (k *keep) restore(ctx context.Context, saved string) (*machine, error) {
 	state, err := os.Open(filepath.Join(saved, stateFile))
 	if err != nil {
-		return nil, fmt.Errorf("lab: %w", err)
+		return nil, err
 	}
 	defer state.Close()
 	ctx, cancel := limit(ctx)
 	defer cancel()
 	ram := "memory-backend-file,share=off,reserve=off,mem-path=" + escape(filepath.Join(saved, ramFile))
-	m, err := launch(&k.hw, ram, "-incoming", "defer")
+	m, err := launch(ctx, &k.hw, ram, "-incoming", "defer")
 	if err != nil {
 		return nil, err
 	}
 	defer context.AfterFunc(ctx, m.kill)()
 	if err := m.monitor.migrate("migrate-incoming", state); err != nil {
-		return nil, m.explain(errors.Join(context.Cause(ctx), err))
+		return nil, m.explain(cmp.Or(context.Cause(ctx), err))
 	}
 	if err := m.connect(ctx); err != nil {
 		return nil, err
@@ -228,21 +225,21 @@ func (k *keep) writeInitramfs(ctx context.Context, dir string) (path string, err
 	}
 	exe, err := find(ctx)
 	if err != nil {
-		return "", fmt.Errorf("lab: find the program to be its PID 1: %w", err)
+		return "", fmt.Errorf("find the program to be its PID 1: %w", err)
 	}
 	archive, err := image.AgentSegment(exe)
 	if err != nil {
-		return "", fmt.Errorf("lab: %w", err)
+		return "", err
 	}
 	defer archive.Close()
 	path = filepath.Join(dir, "initramfs")
 	f, err := os.Create(path)
 	if err != nil {
-		return "", fmt.Errorf("lab: %w", err)
+		return "", err
 	}
 	_, err = archive.WriteTo(f)
 	if err := errors.Join(err, f.Close()); err != nil {
-		return "", fmt.Errorf("lab: write its initramfs: %w", err)
+		return "", fmt.Errorf("write its initramfs: %w", err)
 	}
 	return path, nil
 }
@@ -255,7 +252,7 @@ func flush(dir string, names ...string) error {
 			err = errors.Join(f.Sync(), f.Close())
 		}
 		if err != nil {
-			return fmt.Errorf("lab: save it: %w", err)
+			return fmt.Errorf("save it: %w", err)
 		}
 	}
 	return nil

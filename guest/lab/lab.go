@@ -39,8 +39,14 @@ const (
 	marker = "kvmlet.lab"
 )
 
-// ErrNoQEMU says that the host lacks QEMU.
-var ErrNoQEMU = errors.New(`qemu-system-x86_64 is not installed (on Debian: "apt-get install --no-install-recommends qemu-system-x86")`)
+var (
+	// ErrNoQEMU says that the host lacks QEMU.
+	ErrNoQEMU = errors.New(
+		`qemu-system-x86_64 is not installed (on Debian: "apt-get install --no-install-recommends qemu-system-x86")`)
+
+	// ErrInterrupted says that a signal ended the lab before its command did.
+	ErrInterrupted = errors.New("interrupted")
+)
 
 // Size is that of a terminal, in characters.
 type Size struct{ Rows, Columns uint16 }
@@ -56,10 +62,12 @@ type Config struct {
 
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
-	TTY            bool // the command gets a terminal, of the size last received from Resize
+	TTY            bool // the command gets a terminal, of this size at first
+	Size           Size
 	Resize         <-chan Size
 
-	// Signals go to the command, but for the second interrupt or termination, which ends the lab at once.
+	// Signals go to the command. SIGINT, SIGTERM and SIGHUP end the lab at once if there is no command yet, or if they
+	// are not the first for it.
 	Signals <-chan os.Signal
 
 	Memory int64 // bytes, a multiple of 1 MiB; 0: DefaultMemory
@@ -84,39 +92,54 @@ func Inside() bool {
 
 // Run runs a command in a lab and waits for it. The status is valid if the error is nil or an *agent.StartError, which
 // has a shell's 126 or 127. When ctx ends, so does the lab, with everything in it.
-func Run(ctx context.Context, cfg Config) (agent.ExitStatus, error) {
+func Run(ctx context.Context, cfg Config) (status agent.ExitStatus, err error) {
 	if err := cfg.complete(); err != nil {
-		return agent.ExitStatus{}, err
+		return status, fmt.Errorf("lab: %w", err)
 	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	// The signals of the time until there is a command to take them.
+	started, served := make(chan *agent.Process), make(chan struct{})
+	go func() {
+		defer close(served)
+		forward(ctx, cancel, &cfg, started)
+	}()
+	defer func() {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		cancel(nil)
+		<-served
+		var notStarted *agent.StartError
+		if err != nil && !errors.As(err, &notStarted) {
+			err = fmt.Errorf("lab: %w", err)
+		}
+	}()
 	release, err := acquireSlot(ctx, cfg.Progress)
 	if err != nil {
-		return agent.ExitStatus{}, err
+		return status, err
 	}
 	defer release()
 	m, err := start(ctx, &cfg)
 	if err != nil {
-		return agent.ExitStatus{}, err
+		return status, err
 	}
 	defer m.close()
-	status, err := m.run(ctx, &cfg)
-	var notStarted *agent.StartError
-	if err != nil && !errors.As(err, &notStarted) && ctx.Err() == nil {
-		err = m.explain(err)
-	}
-	return status, err
+	defer context.AfterFunc(ctx, m.kill)()
+	return m.run(ctx, &cfg, started)
 }
 
 // complete checks the configuration and fills in what is left to defaults.
 func (cfg *Config) complete() (err error) {
 	if len(cfg.Args) == 0 {
-		return errors.New("lab: no command given")
+		return errors.New("no command given")
 	}
 	if cfg.Env == nil {
 		cfg.Env = os.Environ()
 	}
 	if cfg.Dir == "" {
 		if cfg.Dir, err = os.Getwd(); err != nil {
-			return fmt.Errorf("lab: %w", err)
+			return err
 		}
 	}
 	shares := make([]string, len(cfg.Shares))
@@ -125,7 +148,7 @@ func (cfg *Config) complete() (err error) {
 			shares[i], err = filepath.EvalSymlinks(shares[i])
 		}
 		if err != nil {
-			return fmt.Errorf("lab: share %s: %w", s, err)
+			return fmt.Errorf("share %s: %w", s, err)
 		}
 	}
 	slices.Sort(shares) // an outer directory before what is in it
@@ -137,10 +160,10 @@ func (cfg *Config) complete() (err error) {
 		cfg.CPUs = DefaultCPUs
 	}
 	if cfg.Memory < 256<<20 || cfg.Memory%(1<<20) != 0 {
-		return fmt.Errorf("lab: memory of %d bytes: must be whole MiB, at least 256", cfg.Memory)
+		return fmt.Errorf("memory of %d bytes: must be whole MiB, at least 256", cfg.Memory)
 	}
 	if cfg.CPUs < 0 || cfg.CPUs > 64 {
-		return fmt.Errorf("lab: %d CPUs: must be 1 to 64", cfg.CPUs)
+		return fmt.Errorf("%d CPUs: must be 1 to 64", cfg.CPUs)
 	}
 	if cfg.Progress == nil {
 		cfg.Progress = func(string) {}
@@ -149,52 +172,75 @@ func (cfg *Config) complete() (err error) {
 }
 
 // run mounts the host's files, runs the command and writes the shares back.
-func (m *machine) run(ctx context.Context, cfg *Config) (agent.ExitStatus, error) {
+func (m *machine) run(ctx context.Context, cfg *Config, started chan<- *agent.Process) (status agent.ExitStatus, err error) {
+	defer func() {
+		if err != nil && m.agent.Err() != nil {
+			err = m.explain(err)
+		}
+	}()
 	if err := m.enter(ctx, cfg); err != nil {
-		return agent.ExitStatus{}, err
+		return status, err
 	}
 	p, err := m.agent.Start(ctx, agent.Command{
-		Args: cfg.Args, Env: cfg.Env, Dir: cfg.Dir, TTY: cfg.TTY, Stdin: cfg.Stdin, Stdout: cfg.Stdout, Stderr: cfg.Stderr,
+		Args: cfg.Args, Env: cfg.Env, Dir: cfg.Dir, TTY: cfg.TTY, Rows: cfg.Size.Rows, Columns: cfg.Size.Columns,
+		Stdin: cfg.Stdin, Stdout: cfg.Stdout, Stderr: cfg.Stderr,
 	})
-	var status agent.ExitStatus
-	if err == nil {
-		stop := make(chan struct{})
-		go m.forward(p, cfg, stop)
-		status, err = p.Wait()
-		close(stop)
-	} else if failed := (*agent.StartError)(nil); errors.As(err, &failed) {
-		status = failed.Status()
+	var notStarted *agent.StartError
+	switch {
+	case errors.As(err, &notStarted):
+		return notStarted.Status(), err
+	case err != nil:
+		return status, err
 	}
-	if len(cfg.Shares) > 0 && m.agent.Err() == nil {
-		leave, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTimeout)
+	select {
+	case started <- p:
+	case <-ctx.Done():
+	}
+	if status, err = p.Wait(); err != nil {
+		return status, err
+	}
+	if len(cfg.Shares) > 0 {
+		ctx, cancel := context.WithTimeout(ctx, leaveTimeout)
 		defer cancel()
-		err = errors.Join(err, m.agent.Sync(leave))
+		err = m.agent.Sync(ctx)
 	}
 	return status, err
 }
 
-// forward passes signals and sizes on to the command.
-func (m *machine) forward(p *agent.Process, cfg *Config, stop <-chan struct{}) {
-	ending := false
+// forward passes signals and sizes on to the command, once it is started, until ctx ends. An interrupt before that, or
+// a second one, cancels everything.
+func forward(ctx context.Context, cancel context.CancelCauseFunc, cfg *Config, started <-chan *agent.Process) {
+	var (
+		p       *agent.Process
+		ending  = true
+		signals = cfg.Signals
+		resize  = cfg.Resize
+	)
 	for {
 		select {
-		case <-stop:
+		case <-ctx.Done():
 			return
-		case size := <-cfg.Resize:
-			p.Resize(size.Rows, size.Columns)
-		case sig := <-cfg.Signals:
-			number, ok := sig.(syscall.Signal)
+		case p = <-started:
+			ending = false
+		case size, ok := <-resize:
 			if !ok {
-				continue
+				resize = nil
+			} else if p != nil {
+				p.Resize(size.Rows, size.Columns)
 			}
-			if number == syscall.SIGINT || number == syscall.SIGTERM {
-				if ending {
-					m.close()
-					return
-				}
-				ending = true
+		case sig, ok := <-signals:
+			number, _ := sig.(syscall.Signal)
+			final := number == syscall.SIGINT || number == syscall.SIGTERM || number == syscall.SIGHUP
+			switch {
+			case !ok:
+				signals = nil
+			case final && ending:
+				cancel(ErrInterrupted)
+				return
+			case p != nil:
+				ending = ending || final
+				p.Signal(number)
 			}
-			p.Signal(number)
 		}
 	}
 }

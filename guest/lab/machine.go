@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -78,36 +79,33 @@ type machine struct {
 	console *tail // what the kernel printed
 	stderr  *tail // what QEMU printed
 	kill    func()
-	exited  chan struct{} // closed after err is set
-	err     error
-	once    sync.Once
+	exited  chan struct{}
+	reading sync.WaitGroup // of the console
+	closing sync.Once
 }
 
-// launch starts QEMU. extra goes behind the hardware's arguments.
-func launch(h *hardware, ram string, extra ...string) (_ *machine, err error) {
-	m := &machine{console: newTail(), stderr: newTail(), exited: make(chan struct{})}
+// launch starts QEMU, which is killed when ctx ends before launch returns. extra goes behind the hardware's arguments.
+func launch(ctx context.Context, h *hardware, ram string, extra ...string) (*machine, error) {
 	var ours, theirs [3]*os.File // monitor, agent, console
-	defer func() {
-		for _, f := range theirs {
-			f.Close()
+	closeAll := func(files []*os.File) {
+		for _, f := range files {
+			f.Close() // a nil file's Close does nothing
 		}
-		if err != nil {
-			for _, f := range ours {
-				f.Close()
-			}
-		}
-	}()
+	}
 	for i := range ours {
+		var err error
 		if ours[i], theirs[i], err = socketPair(); err != nil {
+			closeAll(append(ours[:], theirs[:]...))
 			return nil, err
 		}
 	}
+	m := &machine{port: ours[1], console: newTail(), stderr: newTail(), exited: make(chan struct{})}
 	const first = 3 // the number of ExtraFiles[0]
 	cmd := exec.Command(h.qemu, append(h.arguments(ram, first, first+1, first+2), extra...)...)
 	cmd.ExtraFiles = theirs[:]
 	cmd.Stdout, cmd.Stderr = m.stderr, m.stderr
 	cmd.Dir = "/"
-	// Terminal interrupts are for us: QEMU would end before the command had a chance.
+	// A terminal's interrupt is for us: QEMU would end before the command had a chance.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	started := make(chan error)
 	go func() {
@@ -117,22 +115,24 @@ func launch(h *hardware, ram string, extra ...string) (_ *machine, err error) {
 		err := cmd.Start()
 		started <- err
 		if err == nil {
-			m.err = cmd.Wait()
+			cmd.Wait() // its sockets' end tells the same
 			close(m.exited)
 		}
 	}()
-	if err := <-started; err != nil {
+	err := <-started
+	closeAll(theirs[:])
+	if err != nil {
+		closeAll(ours[:])
 		return nil, fmt.Errorf("start %s: %w", h.qemu, err)
 	}
 	m.kill = func() { cmd.Process.Kill() }
-	m.port = ours[1]
-	go func() {
+	defer context.AfterFunc(ctx, m.kill)()
+	m.reading.Go(func() {
+		defer ours[2].Close()
 		io.Copy(m.console, ours[2])
-		ours[2].Close()
-	}()
+	})
 	if m.monitor, err = openMonitor(ours[0]); err != nil {
-		m.close()
-		return nil, m.explain(err)
+		return nil, m.explain(cmp.Or(context.Cause(ctx), err))
 	}
 	return m, nil
 }
@@ -157,7 +157,7 @@ func (m *machine) connect(ctx context.Context) (err error) {
 	m.port = nil
 	m.agent, err = agent.Connect(ctx, port)
 	if err != nil {
-		return m.explain(err)
+		return m.explain(cmp.Or(context.Cause(ctx), err))
 	}
 	return nil
 }
@@ -166,7 +166,8 @@ func (m *machine) connect(ctx context.Context) (err error) {
 func (m *machine) close() {
 	m.kill()
 	<-m.exited
-	m.once.Do(func() {
+	m.reading.Wait()
+	m.closing.Do(func() {
 		if m.agent != nil {
 			m.agent.Close()
 		}
@@ -191,7 +192,7 @@ func (m *machine) explain(err error) error {
 			fmt.Fprintf(&notes, "\nlast words of %s:\n%s", part.name, text)
 		}
 	}
-	return fmt.Errorf("lab: %w%s", err, notes.String())
+	return fmt.Errorf("%w%s", err, notes.String())
 }
 
 // tail keeps the last of what is written to it.

@@ -23,11 +23,11 @@ const (
 func acquireSlot(ctx context.Context, progress func(string)) (release func(), err error) {
 	store, err := image.OpenStore("")
 	if err != nil {
-		return nil, fmt.Errorf("lab: %w", err)
+		return nil, err
 	}
 	dir := filepath.Join(store.Dir(), "lab")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("lab: make the cache folder: %w", err)
+		return nil, fmt.Errorf("make the cache folder: %w", err)
 	}
 	paths := make([]string, max(1, runtime.NumCPU()/2))
 	for i := range paths {
@@ -49,7 +49,7 @@ func lockAny(ctx context.Context, paths []string, waiting func()) (unlock func()
 		for _, path := range paths {
 			f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 			if err != nil {
-				return nil, fmt.Errorf("lab: %w", err)
+				return nil, err
 			}
 			err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 			if err == nil {
@@ -57,7 +57,7 @@ func lockAny(ctx context.Context, paths []string, waiting func()) (unlock func()
 			}
 			f.Close()
 			if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-				return nil, fmt.Errorf("lab: lock %s: %w", path, err)
+				return nil, fmt.Errorf("lock %s: %w", path, err)
 			}
 		}
 		select {
@@ -65,7 +65,7 @@ func lockAny(ctx context.Context, paths []string, waiting func()) (unlock func()
 		case <-impatient.C:
 			waiting()
 		case <-ctx.Done():
-			return nil, fmt.Errorf("lab: wait for other labs: %w", context.Cause(ctx))
+			return nil, fmt.Errorf("wait for other labs: %w", context.Cause(ctx))
 		}
 	}
 }

@@ -24,12 +24,16 @@ import (
 )
 
 const (
-	PageSize = 4096 // of the guest, the host and every dirty bitmap
+	// PageSize is that of the guest, the host and every dirty bitmap, in bytes.
+	PageSize = 4096
 
-	HoleStart = 3 << 30 // first guest-physical address that is never RAM
-	HoleEnd   = 4 << 30 // first address above it
+	// HoleStart is the first guest-physical address that is never RAM.
+	HoleStart = 3 << 30
+	// HoleEnd is the first address above the hole.
+	HoleEnd = 4 << 30
 
-	MaxSize = 64 << 30 // bytes of RAM that New accepts
+	// MaxSize is the most RAM that New accepts, in bytes.
+	MaxSize = 64 << 30
 )
 
 var (

@@ -253,7 +253,8 @@ func TestCommonAccess(t *testing.T) {
 	}
 	// One write over several fields reaches them in order.
 	g.write(g.common+configMSIXVector, 8, 0x0001_00_03_FFFF_0002)
-	if v, s, q := g.read(g.common+configMSIXVector, 2), g.status(), g.read(g.common+queueSelect, 2); v != 2 || s != 3 || q != 1 {
+	v, s, q := g.read(g.common+configMSIXVector, 2), g.status(), g.read(g.common+queueSelect, 2)
+	if v != 2 || s != 3 || q != 1 {
 		t.Errorf("vector %d, status %#x, queue %d", v, s, q)
 	}
 

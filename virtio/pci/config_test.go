@@ -131,7 +131,8 @@ func TestBARSizing(t *testing.T) {
 	}
 	const moved = 0xD0AB_8000
 	for addr, want := range map[uint64]bool{
-		testBAR: false, moved - 1: false, moved: true, moved + 0x7FFF: true, moved + 0x8000: false, 0: false, 1<<32 + moved: false,
+		testBAR: false, 0: false, 1<<32 + moved: false,
+		moved - 1: false, moved: true, moved + 0x7FFF: true, moved + 0x8000: false,
 	} {
 		if got := g.f.ReadMMIO(addr, b[:]); got != want {
 			t.Errorf("decodes %#x: %v", addr, got)

@@ -19,7 +19,7 @@ func (q *Queue) Wait() error {
 			return q.failure
 		}
 		// Look first, then ask for kicks and look again: a chain that was added before the driver saw the request
-		// came without a kick. Asking is a full barrier, so one of the two sees the other (virtio 1.2, 2.7.13.3.1).
+		// came without a kick. Asking is a full barrier, so one of the two sees the other (virtio 1.2, 2.7.10).
 		if !q.empty() {
 			break
 		}

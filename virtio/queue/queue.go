@@ -36,7 +36,7 @@ import (
 )
 
 var (
-	// ErrStopped is returned by Wait after Stop.
+	// ErrStopped is returned by Wait after Stop, and after the kick event was closed.
 	ErrStopped = errors.New("virtqueue stopped")
 
 	// ErrBadChain reports a descriptor chain or a ring index that breaks the rules; the queue is of no more use.
@@ -87,8 +87,8 @@ type Counters struct {
 
 // Queue is the device's side of a split virtqueue.
 //
-// Wait, Pop, Undo and SetState belong to one goroutine at a time. Push, ShouldNotify, Stop, State, Size and Counters
-// may be called from any.
+// Wait, Pop, Undo and SetState belong to one goroutine at a time. Push, PushAll, ShouldNotify, Stop, State, Size and
+// Counters may be called from any.
 type Queue struct {
 	mem  *memory.Memory
 	kick *Event

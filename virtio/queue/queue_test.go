@@ -170,7 +170,10 @@ func TestChainLengths(t *testing.T) {
 	d := queuetest.New(t, 8, queuetest.Options{Indirect: true, MaxChain: 3})
 	a := d.Alloc(1, 1)
 	d.SetDesc(0, desc{Addr: a, Len: 1, Flags: next, Next: 1})
-	d.SetDesc(1, d.Table(desc{Addr: a, Len: 1, Flags: next, Next: 1}, desc{Addr: a, Len: 1, Flags: next, Next: 2}, desc{Addr: a, Len: 1}))
+	d.SetDesc(1, d.Table(
+		desc{Addr: a, Len: 1, Flags: next, Next: 1},
+		desc{Addr: a, Len: 1, Flags: next, Next: 2},
+		desc{Addr: a, Len: 1}))
 	d.MakeAvailable(0)
 	if _, err := d.Queue.Pop(new(queue.Chain)); !errors.Is(err, queue.ErrBadChain) {
 		t.Errorf("1 direct and 3 indirect descriptors of at most 3: %v", err)
@@ -202,6 +205,45 @@ func TestWrap(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestPushAll returns chains together, around the end of the ring, while the driver watches the index.
+func TestPushAll(t *testing.T) {
+	t.Parallel()
+	d := queuetest.New(t, 8, queuetest.Options{})
+	var c queue.Chain
+	for range 100 {
+		var all []queue.Used
+		for i := range uint32(5) {
+			head := d.Add(nil, [][]byte{make([]byte, 8)})
+			pop(t, d.Queue, &c)
+			all = append(all, queue.Used{Head: head, Written: i})
+		}
+		before := d.UsedIdx()
+		seen := make(chan uint16)
+		go func() {
+			for d.UsedIdx() == before {
+				runtime.Gosched()
+			}
+			seen <- d.UsedIdx() - before
+		}()
+		d.Queue.PushAll(all)
+		if n := <-seen; n != 5 {
+			t.Fatalf("the driver saw %d of 5 chains", n)
+		}
+		for _, u := range all {
+			if head, n, ok := d.Used(); head != u.Head || n != u.Written || !ok {
+				t.Fatalf("Used = %d, %d, %v; want %+v", head, n, ok, u)
+			}
+		}
+		if !d.Queue.ShouldNotify() {
+			t.Fatal("no notification")
+		}
+	}
+	d.Queue.PushAll(nil)
+	if d.Queue.ShouldNotify() {
+		t.Error("a notification of nothing")
 	}
 }
 

@@ -45,7 +45,7 @@ type receiver struct {
 	direct  int     // buffers in frame
 	spillAt int     // bytes in front of the spill
 	spill   []byte
-	used    []used // scratch of push
+	used    []queue.Used // scratch of push
 }
 
 // buffer is a chain that the driver supplied to receive into.
@@ -64,7 +64,7 @@ func newReceiver(d *Device, a *activation, q *queue.Queue) *receiver {
 	if a.offloads&(net.GuestTSO4|net.GuestTSO6) != 0 {
 		r.want = spillSize
 	}
-	r.buffers, r.used = make([]buffer, n), make([]used, 0, n)
+	r.buffers, r.used = make([]buffer, n), make([]queue.Used, 0, n)
 	r.spill = make([]byte, spillSize)
 	return r
 }
@@ -198,7 +198,7 @@ func (r *receiver) push(n int) {
 	for off := 0; off < n; r.window-- {
 		b := r.at(0)
 		m := min(b.size, n-off)
-		r.used = append(r.used, used{Head: b.Head, Written: uint32(m)})
+		r.used = append(r.used, queue.Used{Head: b.Head, Written: uint32(m)})
 		off += m
 		r.bytes -= b.size
 		r.first = (r.first + 1) % len(r.buffers)
@@ -211,7 +211,7 @@ func (r *receiver) push(n int) {
 	// A buffer holds at least a header, so this cannot fail.
 	_, _ = first.Writable.CopyFrom(numBuffersOffset, num[:])
 	// All at once: a driver that finds only some of a frame's buffers drops it.
-	pushAll(r.queue, r.used)
+	r.queue.PushAll(r.used)
 	if r.queue.ShouldNotify() {
 		_ = r.transport.NotifyQueue(rxQueue) // the next frame notifies again
 	}

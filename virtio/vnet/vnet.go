@@ -137,10 +137,7 @@ func (d *Device) ID() virtio.ID { return virtio.Net }
 
 // Features returns what the card offers: the offloads are those of the backend.
 func (d *Device) Features() virtio.Features {
-	f := FeatureMAC | FeatureStatus | virtio.RingIndirectDesc | virtio.RingEventIdx
-	if mergeable {
-		f |= FeatureMrgRxBuf
-	}
+	f := FeatureMAC | FeatureStatus | FeatureMrgRxBuf | virtio.RingIndirectDesc | virtio.RingEventIdx
 	if d.mtu != 0 {
 		f |= FeatureMTU
 	}

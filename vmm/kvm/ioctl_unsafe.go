@@ -10,20 +10,6 @@ import (
 // The ioctls that take a pointer are issued here and not through gokvm: there the pointer becomes a uintptr in the
 // caller, and the stack it points into may move before the system call is made (unsafe.Pointer, rule 4).
 
-// ioctl issues a request without an argument structure and returns its result.
-func ioctl(fd int, nr, arg uintptr) (int, error) {
-	for {
-		r, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), gokvm.IIO(nr), arg)
-		if errno == unix.EINTR {
-			continue
-		}
-		if errno != 0 {
-			return 0, errno
-		}
-		return int(r), nil
-	}
-}
-
 // ioctlPtr issues request op with a pointer to its argument structure.
 func ioctlPtr[T any](fd int, op uintptr, arg *T) error {
 	_, err := ioctlCount(fd, op, arg)

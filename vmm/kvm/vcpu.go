@@ -9,11 +9,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The register structures are gokvm's.
+// The register structures are gokvm's, which has them right.
 type (
-	Regs       = gokvm.Regs
-	SRegs      = gokvm.Sregs
-	Segment    = gokvm.Segment
+	// Regs is struct kvm_regs: the general-purpose registers, RIP and RFLAGS.
+	Regs = gokvm.Regs
+	// SRegs is struct kvm_sregs: segment, control and descriptor-table registers.
+	SRegs = gokvm.Sregs
+	// Segment is struct kvm_segment: a segment register with its hidden part.
+	Segment = gokvm.Segment
+	// Descriptor is struct kvm_dtable: GDTR or IDTR.
 	Descriptor = gokvm.Descriptor
 )
 

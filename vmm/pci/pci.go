@@ -31,9 +31,11 @@ const (
 	// ECAMSize is the size of the ECAM region of one bus (PCIe 5.0, 7.2.2).
 	ECAMSize = Slots * 8 * ConfigSize
 
-	// AddressPort and DataPort are the ports of configuration mechanism #1 (PCI 3.0, 3.2.2.3.2); each is 4 ports wide.
+	// AddressPort is CONFIG_ADDRESS, a double word, of configuration mechanism #1 (PCI 3.0, 3.2.2.3.2).
 	AddressPort = 0xCF8
-	DataPort    = 0xCFC
+
+	// DataPort is CONFIG_DATA, four ports wide.
+	DataPort = 0xCFC
 )
 
 // ErrNoSlot reports that the bus is full.

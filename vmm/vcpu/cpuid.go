@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"math/bits"
 	"slices"
-	"strings"
 
 	"github.com/kvmlet/kvmlet/vmm/kvm"
 )
@@ -25,7 +24,7 @@ func ParseTemplate(name string) (Template, error) {
 	case Host, Baseline:
 		return t, nil
 	default:
-		return "", fmt.Errorf("unknown CPU template %q (have %s)", name, strings.Join([]string{string(Host), string(Baseline)}, ", "))
+		return "", fmt.Errorf("unknown CPU template %q (have %s, %s)", name, Host, Baseline)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -15,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/kvmlet/kvmlet/guest/agent"
+	"github.com/kvmlet/kvmlet/guest/image"
 	"github.com/kvmlet/kvmlet/guest/lab"
 )
 
@@ -67,36 +70,49 @@ func runInLab() (code int, err error) {
 	if err != nil {
 		return 1, err
 	}
-	temp, err := os.MkdirTemp("", "labtest-")
-	if err != nil {
-		return 1, err
-	}
-	defer os.RemoveAll(temp)
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP)
 	defer signal.Stop(signals)
 	status, err := lab.Run(context.Background(), lab.Config{
 		Args: append([]string{exe}, os.Args[1:]...), Shares: shares,
 		Stdout: os.Stdout, Stderr: os.Stderr, Signals: signals,
-		Init:     func(ctx context.Context) (string, error) { return pid1(ctx, temp) },
+		Init:     Init,
 		Progress: func(line string) { fmt.Fprintln(os.Stderr, "lab:", line) },
 	})
 	return status.Code, err
 }
 
-// pid1 returns a lab's init: the executable that $KVMLET_BIN names, or one built in dir.
-func pid1(ctx context.Context, dir string) (string, error) {
+// Init is a lab.Config's Init for programs that are not kvmlet: it gives the executable that $KVMLET_BIN names, or a small
+// one that "go build" makes, which is kept in the user's cache.
+func Init(ctx context.Context) (string, error) {
 	if exe := os.Getenv("KVMLET_BIN"); exe != "" {
 		return exe, nil
 	}
-	exe := filepath.Join(dir, "init")
-	// The test's own executable would do, but it may be instrumented, and the saved lab serves others too.
-	build := exec.CommandContext(ctx, "go", "build", "-o", exe, "github.com/kvmlet/kvmlet/guest/lab/labtest/pid1")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("%s: %w\n%s(or set KVMLET_BIN to a kvmlet executable)", strings.Join(build.Args, " "), err, out)
+	store, err := image.OpenStore("")
+	if err != nil {
+		return "", err
 	}
-	return exe, nil
+	return store.Build(ctx, "pid1", image.KeyOf(agent.Fingerprint()), func(w io.Writer) error {
+		dir, err := os.MkdirTemp("", "labtest-")
+		if err != nil {
+			return err
+		}
+		defer os.RemoveAll(dir)
+		// The test's own executable would do, but it may be instrumented, and a saved lab serves others too.
+		exe := filepath.Join(dir, "pid1")
+		build := exec.CommandContext(ctx, "go", "build", "-o", exe, "github.com/kvmlet/kvmlet/guest/lab/labtest/pid1")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w\n%s(or set KVMLET_BIN to a kvmlet executable)", strings.Join(build.Args, " "), err, out)
+		}
+		f, err := os.Open(exe)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		_, err = io.Copy(w, f)
+		return err
+	})
 }
 
 // outputs returns what the testing package's flags say that it shall write. Files are made if they are missing, so that
