@@ -198,7 +198,7 @@ func (e *End) SetDeadline(t time.Time) error {
 func (e *End) expire(t time.Time) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.deadline == t {
+	if e.deadline.Equal(t) {
 		_ = e.update(func(u *end) { u.expired = true })
 	}
 }

@@ -245,7 +245,9 @@ func TestNoLeaks(t *testing.T) {
 		done := wait(b.Recv)
 		check(t, a.SetDeadline(time.Now().Add(time.Hour)))
 		check(t, a.Close())
-		<-done
+		if err := <-done; err != io.EOF {
+			t.Error(err)
+		}
 	}
 	for deadline := time.Now().Add(30 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
 		if time.Now().After(deadline) {

@@ -118,7 +118,7 @@ func checkName(name string) error {
 	case len(name) >= unix.IFNAMSIZ:
 		return fmt.Errorf("%w: longer than %d bytes", ErrName, unix.IFNAMSIZ-1)
 	case name == "." || name == "..", strings.ContainsAny(name, "/:% \t\n\v\f\r\x00"):
-		return fmt.Errorf("%w: no slash, colon, percent sign or space, and not . or ..", ErrName)
+		return fmt.Errorf("%w: it must not be . or .., nor contain a slash, colon, percent sign or space", ErrName)
 	}
 	return nil
 }

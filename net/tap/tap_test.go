@@ -128,9 +128,9 @@ func TestCreate(t *testing.T) {
 	if exists("vm0") {
 		t.Error("the device is still there")
 	}
-	any := openTap(t, "", Options{})
-	if any.Name() == "" || !exists(any.Name()) {
-		t.Errorf("name %q", any.Name())
+	auto := openTap(t, "", Options{})
+	if auto.Name() == "" || !exists(auto.Name()) {
+		t.Errorf("name %q", auto.Name())
 	}
 }
 

@@ -8,8 +8,8 @@ import (
 	"github.com/kvmlet/kvmlet/virtio/queue/internal/ring"
 )
 
-// Wait blocks until the driver has made a chain available. It returns ErrStopped after Stop and after the kick event
-// was closed, and the error of Pop once that has failed. While the caller is awake the driver is asked not to kick.
+// Wait blocks until the driver has made a chain available, or Wake was called. It returns ErrStopped after Stop and after
+// the kick event was closed, and the error of Pop once that has failed. While the caller is awake the driver is asked not to kick.
 func (q *Queue) Wait() error {
 	for {
 		if q.stopped.Load() {
@@ -20,7 +20,7 @@ func (q *Queue) Wait() error {
 		}
 		// Look first, then ask for kicks and look again: a chain that was added before the driver saw the request
 		// came without a kick. Asking is a full barrier, so one of the two sees the other (virtio 1.2, 2.7.10).
-		if !q.empty() {
+		if q.woken.Swap(false) || !q.empty() {
 			break
 		}
 		q.enableKicks()

@@ -87,8 +87,8 @@ type Counters struct {
 
 // Queue is the device's side of a split virtqueue.
 //
-// Wait, Pop, Undo and SetState belong to one goroutine at a time. Push, PushAll, ShouldNotify, Stop, State, Size and
-// Counters may be called from any.
+// Wait, Pop, Undo and SetState belong to one goroutine at a time. Push, PushAll, ShouldNotify, Wake, Stop, State, Size
+// and Counters may be called from any.
 type Queue struct {
 	mem  *memory.Memory
 	kick *Event
@@ -115,6 +115,7 @@ type Queue struct {
 	silent  bool   // the driver is asked not to kick; unused with event-idx
 	failure error  // why the queue is broken
 	stopped atomic.Bool
+	woken   atomic.Bool // by Wake, and no Wait has returned for it
 
 	mu        sync.Mutex // guards what follows, and the writes to pushed and usedWord
 	usedFlags uint16
@@ -218,6 +219,13 @@ func (q *Queue) SetState(s State) error {
 	q.pushed.Store(uint64(s.Used))
 	q.notified, q.resumed = s.Used, true
 	return nil
+}
+
+// Wake makes a Wait under way, or else the next one, return nil once although the driver may have added nothing: the
+// worker has something else to look at.
+func (q *Queue) Wake() {
+	q.woken.Store(true)
+	_ = q.kick.Signal() // a closed event has woken Wait already
 }
 
 // Stop makes Wait return ErrStopped and Pop find nothing, now and for ever. Push keeps working for chains in flight.

@@ -293,6 +293,27 @@ func TestStop(t *testing.T) {
 	}
 }
 
+// TestWake wakes a worker that waits, and one that is about to.
+func TestWake(t *testing.T) {
+	t.Parallel()
+	for _, eventIdx := range []bool{false, true} {
+		d := queuetest.New(t, 4, queuetest.Options{EventIdx: eventIdx})
+		for range 100 {
+			woken := make(chan error, 1)
+			go func() { woken <- d.Queue.Wait() }()
+			d.Queue.Wake()
+			if err := <-woken; err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.Queue.Stop()
+		d.Queue.Wake()
+		if err := d.Queue.Wait(); !errors.Is(err, queue.ErrStopped) {
+			t.Errorf("%v", err)
+		}
+	}
+}
+
 func TestStopWakesWait(t *testing.T) {
 	t.Parallel()
 	stop := map[string]func(d *queuetest.Driver){

@@ -181,7 +181,7 @@ func (p *Port) setOpen(open bool) {
 	case open:
 		p.session++
 	case p.tx != nil:
-		wake(p.tx) // drain sees closing, and ends the session when its queue is empty
+		p.tx.Wake() // drain sees closing, and ends the session when its queue is empty
 	default:
 		p.closing, p.eof = false, true
 	}

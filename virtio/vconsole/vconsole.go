@@ -286,10 +286,7 @@ func (d *Device) reset() {
 	// Woken and not stopped: drain pops what is there before it goes.
 	for _, q := range a.queues {
 		if q != nil {
-			wake(q)
-			if _, ok := any(q).(interface{ Wake() }); !ok {
-				q.Stop()
-			}
+			q.Wake()
 		}
 	}
 	a.workers.Wait()
