@@ -10,7 +10,7 @@ ARGS ?=
 
 # Packages whose tests boot machines in the lab. They run one package at a time, since a lab takes all cores of a small
 # machine, and without the race detector, which QEMU's emulation would slow down too much.
-LAB_PACKAGES ?= guest/guesttest guest/lab
+LAB_PACKAGES ?= guest/guesttest guest/lab guest/lab/labtest vmm
 PACKAGES     = $(eval PACKAGES := $$(shell PATH='$(PATH)' go list ./...))$(PACKAGES)
 LAB          = $(filter $(addprefix $(MODULE)/,$(LAB_PACKAGES)),$(PACKAGES))
 RACE         = $(filter-out $(LAB),$(PACKAGES))
@@ -40,7 +40,7 @@ build: setup
 	@CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o kvmlet .
 
 run: build
-	@./kvmlet run $(ARGS)
+	@$(if $(ARGS),./kvmlet run $(ARGS),scripts/tour)
 
 test: setup $(CACHE)/bin/testsum
 	@$(CACHE)/bin/testsum \

@@ -12,6 +12,7 @@ import (
 	"github.com/kvmlet/kvmlet/guest/linux"
 	"github.com/kvmlet/kvmlet/net"
 	"github.com/kvmlet/kvmlet/net/tap"
+	"github.com/kvmlet/kvmlet/vmm/pci"
 	"github.com/kvmlet/kvmlet/vmm/vcpu"
 )
 
@@ -27,6 +28,10 @@ type Config struct {
 
 	Disks []Disk // /dev/vda, /dev/vdb, ... in this order
 	Nets  []Net  // eth0, eth1, ... in this order
+
+	// Resources are the disks and networks if they were opened before, by OpenResources from this Config. New owns them
+	// then, even if it fails. Nil: New opens them.
+	Resources *Resources
 
 	// Console takes what the guest sends on its first serial port; nil discards it. VM.Serial sends to it.
 	Console io.Writer
@@ -57,10 +62,20 @@ var (
 	ErrMemory    = errors.New("bad memory size")
 	ErrCPUs      = errors.New("bad number of CPUs")
 	ErrDuplicate = errors.New("used twice")
+	ErrDevices   = errors.New("too many devices")
+	ErrDiskID    = errors.New("bad disk id")
 )
 
-// memoryStep keeps guest memory fit for huge pages.
-const memoryStep = 2 << 20
+const (
+	// memoryStep keeps guest memory fit for huge pages.
+	memoryStep = 2 << 20
+
+	// maxDevices is how many slots are left beside those of the PCI host, the agent's console and the entropy source.
+	maxDevices = pci.Slots - 3
+
+	// maxDiskID is the size of the field in which a guest sees a disk's id (virtio 1.2, 5.2.6).
+	maxDiskID = 20
+)
 
 // Check reports what is wrong with c without opening or making anything, apart from what the host itself can do.
 func (c *Config) Check() error {
@@ -75,6 +90,9 @@ func (c *Config) Check() error {
 	if have := hostMemory(); c.Memory > have {
 		return fmt.Errorf("%w: %d MiB: this host has %d MiB", ErrMemory, c.Memory>>20, have>>20)
 	}
+	if n := len(c.Disks) + len(c.Nets); n > maxDevices {
+		return fmt.Errorf("%w: %d disks and network cards: there is room for %d", ErrDevices, n, maxDevices)
+	}
 	return c.checkIDs()
 }
 
@@ -83,6 +101,9 @@ func (c *Config) checkIDs() error {
 	ids, files := map[string]bool{}, map[string]bool{}
 	for i := range c.Disks {
 		d := &c.Disks[i]
+		if err := checkDiskID(d.ID); err != nil {
+			return err
+		}
 		if id := d.id(i); ids[id] {
 			return fmt.Errorf("disk id %s: %w", id, ErrDuplicate)
 		}
@@ -110,6 +131,18 @@ func (c *Config) checkIDs() error {
 			return fmt.Errorf("MAC address %v: %w", n.MAC, ErrDuplicate)
 		}
 		macs[n.MAC] = true
+	}
+	return nil
+}
+
+func checkDiskID(id string) error {
+	if len(id) > maxDiskID {
+		return fmt.Errorf("%w %q: %d characters: want %d at most", ErrDiskID, id, len(id), maxDiskID)
+	}
+	for i := range len(id) {
+		if id[i] < ' ' || id[i] > '~' {
+			return fmt.Errorf("%w %q: want printable ASCII", ErrDiskID, id)
+		}
 	}
 	return nil
 }

@@ -23,18 +23,20 @@ import (
 	"github.com/kvmlet/kvmlet/vmm/pci"
 )
 
-// resources are the files that a VM holds beside KVM's. They are opened before anything of KVM is made, so that a bad
-// disk or tap is reported while nothing runs.
-type resources struct {
+// Resources are the files that a VM holds beside KVM's: its disks, locked, and its networks. They are opened before
+// anything of KVM is made, so that a bad disk or tap is reported while nothing runs.
+type Resources struct {
 	disks []*blk.Device
 	nets  []net.Backend
 }
 
-func openResources(cfg *Config) (_ *resources, err error) {
-	r := &resources{}
+// OpenResources opens the disks and networks of cfg, which may still lack what the guest boots from. On an error nothing
+// is left open.
+func OpenResources(cfg *Config) (_ *Resources, err error) {
+	r := &Resources{}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, r.close())
+			err = errors.Join(err, r.Close())
 		}
 	}()
 	for _, d := range cfg.Disks {
@@ -54,7 +56,11 @@ func openResources(cfg *Config) (_ *resources, err error) {
 	return r, nil
 }
 
-func (r *resources) close() error {
+// Close closes what is open. To close twice, or what is nil, does nothing.
+func (r *Resources) Close() error {
+	if r == nil {
+		return nil
+	}
 	var errs []error
 	for _, d := range r.disks {
 		errs = append(errs, d.Close())
@@ -62,6 +68,7 @@ func (r *resources) close() error {
 	for _, b := range r.nets {
 		errs = append(errs, b.Close())
 	}
+	r.disks, r.nets = nil, nil
 	return errors.Join(errs...)
 }
 
@@ -221,9 +228,7 @@ func (vm *VM) release() error {
 	if vm.mem != nil {
 		errs = append(errs, vm.mem.Close())
 	}
-	if vm.resources != nil {
-		errs = append(errs, vm.resources.close())
-	}
+	errs = append(errs, vm.resources.Close())
 	return errors.Join(errs...)
 }
 

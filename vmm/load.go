@@ -1,9 +1,11 @@
 package vmm
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/kvmlet/kvmlet/guest/linux"
+	"github.com/kvmlet/kvmlet/guest/memory"
 	"github.com/kvmlet/kvmlet/vmm/acpi"
 	"github.com/kvmlet/kvmlet/vmm/legacy"
 	"github.com/kvmlet/kvmlet/vmm/pci"
@@ -15,12 +17,28 @@ func (vm *VM) load(cfg *Config) (linux.Entry, error) {
 	if err != nil {
 		return linux.Entry{}, err
 	}
-	return linux.Load(vm.mem, cfg.Kernel, linux.Options{
-		Cmdline:  cfg.Cmdline,
-		Initrd:   cfg.Initrd,
-		RSDP:     rsdp,
+	o := cfg.bootOptions()
+	o.RSDP = rsdp
+	return linux.Load(vm.mem, cfg.Kernel, o)
+}
+
+func (c *Config) bootOptions() linux.Options {
+	return linux.Options{
+		Cmdline:  c.Cmdline,
+		Initrd:   c.Initrd,
 		Reserved: []linux.Range{{Addr: ecamBase, Size: pci.ECAMSize}},
-	})
+	}
+}
+
+// CheckBoot reports whether the kernel, its initrd and its command line fit the memory. New finds out by itself; this is
+// for those who call it late.
+func (c *Config) CheckBoot() (err error) {
+	mem, err := memory.New(c.Memory)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, mem.Close()) }()
+	return linux.Check(mem, c.Kernel, c.bootOptions())
 }
 
 // addTables writes the ACPI tables and the MP table, and returns the address of ACPI's root pointer.

@@ -26,7 +26,7 @@ type VM struct {
 	lifecycle
 	endMu sync.Mutex // guards end and the closing of ended; never held together with a wait
 
-	resources *resources
+	resources *Resources
 	mem       *memory.Memory
 	kvm       *kvm.VM
 	irq       *interrupts
@@ -55,8 +55,24 @@ func (m machine) MMIO(addr uint64, write bool, data []byte) { m.vm.mmio.Access(a
 // New assembles a VM that is ready to start. Whatever is wrong with cfg, a file or the host is reported before a
 // machine exists where that is possible at all; on an error nothing is left open.
 func New(cfg *Config) (_ *VM, err error) {
+	vm := &VM{
+		lifecycle: lifecycle{ended: make(chan struct{})},
+		resources: cfg.Resources,
+		pci:       pci.NewHost(ecamBase),
+		nextBAR:   pciWindow,
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, vm.release())
+		}
+	}()
 	if err := cfg.Check(); err != nil {
 		return nil, err
+	}
+	if vm.resources == nil {
+		if vm.resources, err = OpenResources(cfg); err != nil {
+			return nil, err
+		}
 	}
 	sys, err := kvm.Open()
 	if err != nil {
@@ -66,23 +82,15 @@ func New(cfg *Config) (_ *VM, err error) {
 	if m := sys.Missing(); len(m) > 0 {
 		return nil, fmt.Errorf("%w: this kernel lacks %v", kvm.ErrUnavailable, m)
 	}
-	vm := &VM{
-		lifecycle: lifecycle{ended: make(chan struct{})},
-		pci:       pci.NewHost(ecamBase),
-		nextBAR:   pciWindow,
-		anyLen:    sys.Check(kvm.CapIOEventFDAnyLen) > 0,
-	}
+	vm.anyLen = sys.Check(kvm.CapIOEventFDAnyLen) > 0
 	if err := vm.assemble(cfg, sys); err != nil {
-		return nil, errors.Join(err, vm.release())
+		return nil, err
 	}
 	return vm, nil
 }
 
 // assemble makes the parts in the order in which they need each other.
 func (vm *VM) assemble(cfg *Config, sys *kvm.System) (err error) {
-	if vm.resources, err = openResources(cfg); err != nil {
-		return err
-	}
 	if vm.mem, err = memory.New(cfg.Memory); err != nil {
 		return err
 	}

@@ -95,7 +95,8 @@ func TestSignalReachesTheProcessGroup(t *testing.T) {
 	defer inWriter.Close()
 	out, outWriter := io.Pipe()
 	// The signal must reach the child too, for which the shell waits.
-	script := "trap 'echo trapped' TERM; sh -c 'echo ready; exec sleep 100' & while kill -0 $! 2>&-; do wait $!; done; exit 3"
+	script := "trap 'echo trapped' TERM; sh -c 'echo ready; exec sleep 100' & " +
+		"while kill -0 $! 2>&-; do wait $!; done; exit 3"
 	p, err := c.Start(testContext(t), Command{Args: sh(script), Stdin: in, Stdout: outWriter})
 	if err != nil {
 		t.Fatal(err)

@@ -33,6 +33,8 @@ type Client struct {
 	ended   chan struct{} // closed when err is set
 	wg      sync.WaitGroup
 
+	opening sync.Mutex // held from drawing a stream number until it is on the wire, as the guest wants them in order
+
 	mu        sync.Mutex
 	err       error                  // why the connection ended; guarded by mu
 	last      uint32                 // the newest stream number given out; guarded by mu
@@ -40,8 +42,8 @@ type Client struct {
 	replies   map[uint32]chan []byte // guarded by mu
 }
 
-// Connect waits for the agent at the other end of conn, which may appear later, and opens a session with it; commands of
-// an earlier session are killed. conn's Close must end its blocked reads and writes. Connect owns conn: it is closed
+// Connect waits for the agent at the other end of conn, which may appear later, and opens a session with it; commands
+// of an earlier session are killed. conn's Close must end its blocked reads and writes. Connect owns conn: it is closed
 // by Client.Close, and by Connect itself if that fails. Where the agent speaks another version the error is ErrVersion.
 func Connect(ctx context.Context, conn io.ReadWriteCloser) (*Client, error) {
 	c := &Client{
@@ -180,7 +182,8 @@ func (c *Client) dispatch(f frame, replies *assembler) error {
 // fail ends the connection for everybody who waits for it. The first reason stays.
 func (c *Client) fail(err error) {
 	switch {
-	case errors.Is(err, ErrClosed), errors.Is(err, ErrProtocol), errors.Is(err, ErrVersion), errors.Is(err, ErrDisconnected):
+	case errors.Is(err, ErrClosed), errors.Is(err, ErrDisconnected):
+	case errors.Is(err, ErrProtocol), errors.Is(err, ErrVersion):
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		err = ErrDisconnected
 	default:
@@ -236,19 +239,15 @@ func (c *Client) request(ctx context.Context, what string, msg []byte) (body []b
 		return nil, context.Cause(ctx)
 	}
 	reply := make(chan []byte, 1)
-	c.mu.Lock()
-	c.last++
-	id := c.last
-	c.replies[id] = reply
-	c.mu.Unlock()
+	id, err := c.open(frameRequest, msg, func(id uint32) { c.replies[id] = reply })
+	if err != nil {
+		return nil, err
+	}
 	defer func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		delete(c.replies, id)
 	}()
-	if err := c.w.sendPieces(frameRequest, id, msg); err != nil {
-		return nil, c.sendFailed(err)
-	}
 	var m message
 	select {
 	case m.b = <-reply:
@@ -267,10 +266,24 @@ func (c *Client) request(ctx context.Context, what string, msg []byte) (body []b
 	return m.b, nil
 }
 
-// sendFailed returns why the connection is of no more use after a failed send.
-func (c *Client) sendFailed(err error) error {
-	c.fail(err)
-	return c.Err()
+// open sends the message that opens a stream. register notes under c.mu who gets what comes back on it.
+func (c *Client) open(t frameType, msg []byte, register func(id uint32)) (uint32, error) {
+	c.opening.Lock()
+	defer c.opening.Unlock()
+	c.mu.Lock()
+	if c.err != nil {
+		defer c.mu.Unlock()
+		return 0, c.err
+	}
+	c.last++
+	id := c.last
+	register(id)
+	c.mu.Unlock()
+	if err := c.w.sendPieces(t, id, msg); err != nil {
+		c.fail(err)
+		return 0, c.Err()
+	}
+	return id, nil
 }
 
 // Info is what a guest tells of itself. Durations count from the guest kernel's start, by its boot clock.
@@ -311,8 +324,8 @@ func (c *Client) Sync(ctx context.Context) error {
 	return err
 }
 
-// Mount is one mount(2) call of the guest. A target that is missing is made as a directory first; with neither source nor
-// type that is all.
+// Mount is one mount(2) call of the guest. A target that is missing is made as a directory first; with neither source
+// nor type that is all.
 type Mount struct {
 	Source, Target, Type string
 	Flags                uintptr // MS_*

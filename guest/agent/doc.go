@@ -23,10 +23,13 @@
 // its commands. A host without an answer sends its hello again behind more padding than a frame can hold, which
 // completes whatever half frame the guest was reading.
 //
+// The streams are multiplexed here and not by a library because of that: the usual ones take the loss of one end as the
+// end of the connection, which a restored guest and its port do not notice.
+//
 // Each byte stream of a process has a window: the sender may have at most Window bytes under way, and the receiver
 // returns credit for what its consumer took. A reader of the main stream therefore never waits for a consumer, so that
 // one stalled output delays nothing else, and no end holds more than Window bytes for each.
 //
-// Neither end trusts the other: a frame that breaks the rules ends the session with ErrProtocol. Nothing is allocated by
-// a size from the wire beyond these bounds.
+// Neither end trusts the other: a frame that breaks the rules ends the session with ErrProtocol. Nothing is allocated
+// by a size from the wire beyond these bounds.
 package agent

@@ -15,8 +15,8 @@ import (
 //go:embed *.go
 var sources embed.FS
 
-// Fingerprint identifies this package as it was built: its sources, the Go version and the module it needs. A guest whose
-// PID 1 has the same fingerprint behaves the same, whatever else is in its executable.
+// Fingerprint identifies this package as it was built: its sources, the Go version and the module it needs. A guest
+// whose PID 1 has the same fingerprint behaves the same, whatever else is in its executable.
 var Fingerprint = sync.OnceValue(func() string {
 	h := sha256.New()
 	fmt.Fprintln(h, runtime.Version())

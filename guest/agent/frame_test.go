@@ -92,7 +92,8 @@ func TestDecoderRefusesBadFrames(t *testing.T) {
 			t.Errorf("%s: %+v, %v", name, f, err)
 		}
 	}
-	if _, err := newDecoder(bytes.NewReader(frameBytes(frameData, 1, 1, []byte("abc"))[:10])).next(); err != io.ErrUnexpectedEOF {
+	cut := frameBytes(frameData, 1, 1, []byte("abc"))[:10]
+	if _, err := newDecoder(bytes.NewReader(cut)).next(); err != io.ErrUnexpectedEOF {
 		t.Errorf("cut short: %v", err)
 	}
 	if _, err := newDecoder(emptyReader{}).next(); err != io.ErrNoProgress {

@@ -145,7 +145,8 @@ func newRawHost(t *testing.T) *rawHost {
 	go func() { served <- Serve(guest) }()
 	t.Cleanup(func() {
 		host.Close()
-		if err := <-served; !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.ErrClosedPipe) {
+		err := <-served
+		if !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.ErrClosedPipe) {
 			t.Errorf("the agent ended with %v", err)
 		}
 	})
@@ -177,6 +178,7 @@ func commandBytes(stream uint32, args ...string) []byte {
 func TestAgentSurvivesHostileHost(t *testing.T) {
 	t.Parallel()
 	cat := commandBytes(1, "cat")
+	piece := frameBytes(frameStart, pieceMore, 1, make([]byte, MaxPayload))
 	full := bytes.Repeat(frameBytes(frameData, stdin, 1, make([]byte, MaxPayload)), 100+Window/MaxPayload)
 	for name, b := range map[string][]byte{
 		"unknown type":         {200, 0, 0, 0, 1, 0, 0, 0},
@@ -184,8 +186,8 @@ func TestAgentSurvivesHostileHost(t *testing.T) {
 		"malformed command":    frameBytes(frameStart, pieceLast, 1, []byte("what")),
 		"no arguments":         frameBytes(frameStart, pieceLast, 1, (&spec{}).encode()),
 		"stream used again":    append(cat, cat...),
-		"endless command":      bytes.Repeat(frameBytes(frameStart, pieceMore, 1, make([]byte, MaxPayload)), maxMessage/MaxPayload+2),
-		"mixed messages":       append(frameBytes(frameStart, pieceMore, 1, nil), frameBytes(frameRequest, pieceLast, 2, nil)...),
+		"endless command":      bytes.Repeat(piece, maxMessage/MaxPayload+2),
+		"mixed messages":       append(piece, frameBytes(frameRequest, pieceLast, 2, nil)...),
 		"data over the window": append(commandBytes(1, "sleep", "1000"), full...),
 		"data on stdout":       append(cat, frameBytes(frameData, stdout, 1, nil)...),
 		"data after the end":   append(cat, bytes.Repeat(frameBytes(frameData, stdin, 1, nil), 2)...),
@@ -210,6 +212,26 @@ func TestAgentSurvivesHostileHost(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A client whose session the agent cut off hears of it.
+func TestClientLearnsThatItsSessionIsOver(t *testing.T) {
+	t.Parallel()
+	c := connect(t)
+	p, err := c.Start(testContext(t), Command{Args: []string{"sleep", "1000"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.w.write([]byte{200, 0, 0, 0, 1, 0, 0, 0}); err != nil {
+		t.Fatal(err)
+	}
+	if status, err := p.Wait(); !errors.Is(err, ErrDisconnected) && status.Signal != syscall.SIGKILL {
+		t.Errorf("wait: %+v, %v", status, err)
+	}
+	<-c.Done()
+	if err := c.Err(); !errors.Is(err, ErrDisconnected) {
+		t.Errorf("connection: %v", err)
 	}
 }
 

@@ -43,7 +43,7 @@ var initial = []Mount{
 // Without that port it runs a shell on the console, at whose end the machine powers off. SIGUSR2 and SIGRTMIN+4 power
 // off, SIGTERM, SIGINT and SIGRTMIN+5 reboot. It does not return.
 func Main() {
-	in := &initSystem{started: bootClock(), children: make(map[int]chan<- syscall.WaitStatus), idle: make(chan struct{}, 1)}
+	in := newInitSystem()
 	logf := func(format string, args ...any) { fmt.Fprintf(os.Stderr, "kvmlet init: "+format+"\n", args...) }
 	for _, err := range in.setUp() {
 		logf("%v", err)
@@ -55,8 +55,9 @@ func Main() {
 	if err := in.consoleShell(); err != nil {
 		logf("%v", err)
 	}
-	begin, _ := in.shutdown(false)
-	begin()
+	if begin, err := in.shutdown(false); err == nil { // else the shell ended because of a shutdown
+		begin()
+	}
 	select {}
 }
 
@@ -68,6 +69,12 @@ type initSystem struct {
 	children map[int]chan<- syscall.WaitStatus
 	closing  bool          // no more commands
 	idle     chan struct{} // gets a token when the last child was reaped
+}
+
+func newInitSystem() *initSystem {
+	return &initSystem{
+		started: bootClock(), children: make(map[int]chan<- syscall.WaitStatus), idle: make(chan struct{}, 1),
+	}
 }
 
 // setUp makes the usual surroundings. A failure is reported and leaves that part out.
@@ -192,7 +199,9 @@ func (in *initSystem) reap() {
 	}
 }
 
-func (in *initSystem) start(path string, args []string, attr *syscall.ProcAttr) (int, <-chan syscall.WaitStatus, error) {
+func (in *initSystem) start(
+	path string, args []string, attr *syscall.ProcAttr,
+) (int, <-chan syscall.WaitStatus, error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.closing {
@@ -226,6 +235,10 @@ func (in *initSystem) greet(h *hello) {
 	}
 }
 
+func (in *initSystem) ended(err error) {
+	fmt.Fprintln(os.Stderr, "kvmlet init: session with the host cut off:", err)
+}
+
 func (in *initSystem) info() (Info, error) {
 	i, err := readInfo()
 	i.InitStarted, i.AgentReady = in.started, in.ready
@@ -246,7 +259,8 @@ func (in *initSystem) mount(mounts []Mount) error {
 	return nil
 }
 
-// switchRoot moves dir's mount over /. Chrooting to that is a real change of root, not a chroot: name spaces work there.
+// switchRoot moves dir's mount over /. Chrooting to that changes the root for good, so that user name spaces, which a
+// chroot forbids, work there.
 func (in *initSystem) switchRoot(dir string) error {
 	if err := unix.Chdir(dir); err != nil {
 		return fmt.Errorf("enter %s: %w", dir, err)

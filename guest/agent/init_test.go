@@ -19,7 +19,8 @@ const roleVariable = "KVMLET_AGENT_TEST_ROLE"
 
 func TestMain(m *testing.M) {
 	if role := os.Getenv(roleVariable); role != "" {
-		if err := map[string]func() error{"reaper": reaperRole, "network": networkRole}[role](); err != nil {
+		roles := map[string]func() error{"reaper": reaperRole, "network": networkRole}
+		if err := roles[role](); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -52,7 +53,7 @@ func reaperRole() error {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return err
 	}
-	in := &initSystem{children: make(map[int]chan<- syscall.WaitStatus), idle: make(chan struct{}, 1)}
+	in := newInitSystem()
 	in.watchSignals()
 	var wg sync.WaitGroup
 	failed := make(chan error, 1000)
@@ -114,7 +115,7 @@ func networkRole() error {
 		return fmt.Errorf("lo is not up: %+v, %v", lo, err)
 	}
 	if err := setUpNetwork("10.1.2.3/24"); err == nil || !strings.Contains(err.Error(), "no network interface eth0") {
-		return fmt.Errorf("without eth0: %v", err)
+		return fmt.Errorf("without eth0: %w", err)
 	}
 	nl, err := openRoute()
 	if err != nil {
@@ -139,7 +140,9 @@ func networkRole() error {
 			return fmt.Errorf("%s is not among %v", want, addresses)
 		}
 	}
-	for _, bad := range []string{"10.1.2.3", "10.1.2.3/33", "x/24", "10.1.2.3/24,", "10.1.2.3/24,fd00::1", "10.1.2.3/24,1.1.1.1"} {
+	for _, bad := range []string{
+		"10.1.2.3", "10.1.2.3/33", "x/24", "10.1.2.3/24,", "10.1.2.3/24,fd00::1", "10.1.2.3/24,1.1.1.1",
+	} {
 		if err := nl.configure("lo", bad); err == nil {
 			return fmt.Errorf("address %q: no error", bad)
 		}
@@ -170,7 +173,8 @@ func TestFingerprintIsStable(t *testing.T) {
 // otherwise.
 func TestMissingPort(t *testing.T) {
 	t.Parallel()
-	if path, err := waitPort("dev.kvmlet.no-such-port", 0); err == nil || !strings.Contains(err.Error(), "no virtio-serial port") {
+	path, err := waitPort("dev.kvmlet.no-such-port", 0)
+	if err == nil || !strings.Contains(err.Error(), "no virtio-serial port") {
 		t.Errorf("%q, %v", path, err)
 	}
 }

@@ -74,7 +74,9 @@ func (r route) configure(name, address string) error {
 		return nil
 	}
 	// struct rtmsg: family, destination and source lengths, tos, table, protocol, scope, type (u8 each), flags u32.
-	body = []byte{family, 0, 0, 0, unix.RT_TABLE_MAIN, unix.RTPROT_BOOT, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST, 0, 0, 0, 0}
+	body = []byte{
+		family, 0, 0, 0, unix.RT_TABLE_MAIN, unix.RTPROT_BOOT, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST, 0, 0, 0, 0,
+	}
 	body = appendAttribute(body, unix.RTA_GATEWAY, gateway.AsSlice())
 	body = appendAttribute(body, unix.RTA_OIF, binary.NativeEndian.AppendUint32(nil, index))
 	if err := r.do(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, body); err != nil {

@@ -97,17 +97,8 @@ func (c *Client) Start(ctx context.Context, cmd Command) (*Process, error) {
 		client: c, started: make(chan error, 1), exited: make(chan struct{}), done: make(chan struct{}),
 		in: [channels]*inbox{stdout: newInbox(), stderr: newInbox()}, out: newCredit(),
 	}
-	c.mu.Lock()
-	if c.err != nil {
-		c.mu.Unlock()
-		return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], c.err)
-	}
-	c.last++
-	p.id = c.last
-	c.processes[p.id] = p
-	c.mu.Unlock()
-	if err := c.w.sendPieces(frameStart, p.id, msg); err != nil {
-		return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], c.sendFailed(err))
+	if _, err := c.open(frameStart, msg, func(id uint32) { p.id, c.processes[id] = id, p }); err != nil {
+		return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], err)
 	}
 	select {
 	case err := <-p.started:
@@ -117,9 +108,11 @@ func (c *Client) Start(ctx context.Context, cmd Command) (*Process, error) {
 	case <-p.exited: // the connection ended
 		return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], p.err)
 	case <-ctx.Done():
-		c.w.sendU32(frameSignal, 0, p.id, uint32(syscall.SIGKILL))
-		p.in[stdout].close(errClosed)
-		p.in[stderr].close(errClosed)
+		p.Signal(syscall.SIGKILL)
+		for ch := stdout; ch < channels; ch++ {
+			p.in[ch].close(errClosed)
+			c.w.send(frameClose, ch, p.id, nil)
+		}
 		return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], context.Cause(ctx))
 	}
 	p.serve(ctx, cmd)

@@ -170,7 +170,7 @@ func (r *running) closePipes() {
 }
 
 // serve carries the command's streams and tells the host its end.
-func (r *running) serve(sp *spec) {
+func (r *running) serve() {
 	w := r.session.w
 	var input, outputs sync.WaitGroup
 	if f := r.pipes[stdin]; f != nil && r.wired[stdin] {
@@ -189,8 +189,11 @@ func (r *running) serve(sp *spec) {
 			outputs.Go(func() {
 				if !r.wired[c] {
 					io.Copy(io.Discard, src) // a terminal nobody listens to must not fill up
-				} else if err := pump(w, c, r.id, src, r.out[c]); err != nil && r.tty == nil {
-					f.Close() // so that the command gets EPIPE
+				} else {
+					pump(w, c, r.id, src, r.out[c])
+				}
+				if r.tty == nil {
+					f.Close() // so that whoever still writes gets EPIPE
 				}
 			})
 		}

@@ -28,6 +28,8 @@ type system interface {
 	sync() error
 	mount(mounts []Mount) error
 	switchRoot(dir string) error
+	// ended is told why a session was cut off.
+	ended(err error)
 	// start forks and execs; the channel gets the child's status.
 	start(path string, args []string, attr *syscall.ProcAttr) (pid int, exited <-chan syscall.WaitStatus, err error)
 }
@@ -49,10 +51,12 @@ func serve(conn io.ReadWriter, sys system) error {
 		}
 		switch {
 		case errors.Is(err, ErrVersion): // let the host see ours
-			if err := sendHello(newWriter(conn), h.session); err != nil {
-				return err
-			}
-		case !errors.Is(err, ErrProtocol):
+			err = sendHello(newWriter(conn), h.session)
+		case errors.Is(err, ErrProtocol): // let it see that its session is over
+			sys.ended(err)
+			err = sendHello(newWriter(conn), 0)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -181,7 +185,7 @@ func (s *session) start(id uint32, msg []byte) error {
 	s.mu.Unlock()
 	binary.LittleEndian.PutUint32(b, uint32(r.pid))
 	err = s.w.send(frameStarted, 0, id, b[:8])
-	go r.serve(sp)
+	go r.serve()
 	return err
 }
 
@@ -245,6 +249,7 @@ func (s *session) do(msg []byte) (body []byte, after func(), err error) {
 type unprivileged struct{}
 
 func (unprivileged) greet(*hello)                  {}
+func (unprivileged) ended(error)                   {}
 func (unprivileged) info() (Info, error)           { return readInfo() }
 func (unprivileged) sync() error                   { syscall.Sync(); return nil }
 func (unprivileged) shutdown(bool) (func(), error) { return nil, notInit("power off") }

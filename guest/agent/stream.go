@@ -196,7 +196,8 @@ func pump(w *writer, c channel, stream uint32, src io.Reader, cr *credit) error 
 	}
 }
 
-// drain writes what comes on a byte stream to dst and returns credit for it. Where dst fails it tells the sender to stop.
+// drain writes what comes on a byte stream to dst and returns credit for it. Where dst fails, it tells the sender to
+// stop.
 func drain(w *writer, c channel, stream uint32, in *inbox, dst io.Writer) error {
 	b := make([]byte, MaxPayload)
 	consumed := 0

@@ -186,11 +186,12 @@ func TestChangedRootAndUser(t *testing.T) {
 	}
 	c := connect(t)
 	// A merged /usr works as a root of its own.
-	out, _, status := run(t, c, Command{Args: []string{"sh", "-c", "test ! -e /usr/bin && echo $PWD"}, Root: "/usr", Dir: "/bin"})
+	out, _, status := run(t, c, Command{Args: sh("test ! -e /usr/bin && echo $PWD"), Root: "/usr", Dir: "/bin"})
 	if status.Code != 0 || out != "/bin\n" {
 		t.Errorf("in a root of its own: %q, %+v", out, status)
 	}
-	out, _, _ = run(t, c, Command{Args: sh("id -u; id -g; id -G"), User: &User{UID: 1234, GID: 2345, Groups: []uint32{3456}}})
+	user := &User{UID: 1234, GID: 2345, Groups: []uint32{3456}}
+	out, _, _ = run(t, c, Command{Args: sh("id -u; id -g; id -G"), User: user})
 	if out != "1234\n2345\n2345 3456\n" {
 		t.Errorf("as another user: %q", out)
 	}
@@ -222,7 +223,8 @@ func TestNoLeaks(t *testing.T) {
 		t.Run("", func(t *testing.T) {
 			c := connect(t)
 			run(t, c, Command{Args: sh("cat; echo x >&2"), Stdin: bytes.NewReader(make([]byte, 1000))})
-			if _, err := c.Start(t.Context(), Command{Args: sh("sleep 1000"), TTY: true, Rows: 1, Columns: 1, Stdout: io.Discard}); err != nil {
+			stays := Command{Args: sh("sleep 1000"), TTY: true, Rows: 1, Columns: 1, Stdout: io.Discard}
+			if _, err := c.Start(t.Context(), stays); err != nil {
 				t.Error(err)
 			}
 		})
@@ -247,8 +249,9 @@ func openFiles(t *testing.T) int {
 func BenchmarkOutput(b *testing.B) {
 	c := connect(b)
 	b.SetBytes(64 << 20)
+	cmd := Command{Args: []string{"head", "-c", "67108864", "/dev/zero"}, Stdout: io.Discard}
 	for b.Loop() {
-		if _, err := c.Run(b.Context(), Command{Args: []string{"head", "-c", "67108864", "/dev/zero"}, Stdout: io.Discard}); err != nil {
+		if _, err := c.Run(b.Context(), cmd); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -256,8 +259,9 @@ func BenchmarkOutput(b *testing.B) {
 
 func BenchmarkCommand(b *testing.B) {
 	c := connect(b)
+	cmd := Command{Args: []string{"/bin/true"}, Stdout: io.Discard, Stderr: io.Discard}
 	for b.Loop() {
-		if _, err := c.Run(b.Context(), Command{Args: []string{"/bin/true"}, Stdout: io.Discard, Stderr: io.Discard}); err != nil {
+		if _, err := c.Run(b.Context(), cmd); err != nil {
 			b.Fatal(err)
 		}
 	}

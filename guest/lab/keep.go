@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	keptLabs   = 4 // how many saved labs stay in the cache
+	keptLabs   = 3 // how many saved labs stay in the cache
 	tempPrefix = ".tmp-"
 
 	// A saved lab is a directory with these two: RAM, which every later lab maps privately, and the rest of the machine.
@@ -127,8 +127,8 @@ func (k *keep) use(path string) bool {
 	return os.Chtimes(path, now, now) == nil
 }
 
-// prune removes what interrupted builds left, and saved labs but the newest, to make room for one more. The caller holds
-// the lock. Labs that run from a removed state keep their files open.
+// prune removes what interrupted builds left, and saved labs but the newest, to make room for one more. The caller
+// holds the lock. Labs that run from a removed state keep their files open.
 func (k *keep) prune() {
 	entries, err := os.ReadDir(k.dir)
 	if err != nil {

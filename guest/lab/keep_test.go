@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kvmlet/kvmlet/guest/agent"
 )
 
 // buildInit is labtest.Init, which a test inside this package cannot import.
@@ -55,7 +58,9 @@ func TestKeyHoldsWhatMatters(t *testing.T) {
 		t.Error("two keys for one lab")
 	}
 	for name, cfg := range map[string]Config{
-		"memory": {Kernel: kernel, Memory: 1 << 30}, "CPUs": {Kernel: kernel, CPUs: 1}, "icount": {Kernel: kernel, Icount: true},
+		"memory": {Kernel: kernel, Memory: 1 << 30},
+		"CPUs":   {Kernel: kernel, CPUs: 1},
+		"icount": {Kernel: kernel, Icount: true},
 		"kernel": {},
 	} {
 		if testKeep(t, cfg).key == base {
@@ -94,7 +99,7 @@ func TestPruneKeepsTheNewest(t *testing.T) {
 	for _, e := range entries {
 		left = append(left, e.Name())
 	}
-	if want := []string{".lock", "a", "b", "e"}; !slices.Equal(left, want) {
+	if want := []string{".lock", "a", "e"}; !slices.Equal(left, want) {
 		t.Errorf("left %q, want %q", left, want)
 	}
 }
@@ -104,7 +109,7 @@ func TestDamagedStateIsReplaced(t *testing.T) {
 	t.Setenv("XDG_CACHE_HOME", t.TempDir())
 	var told []string
 	cfg := Config{
-		Args: []string{"sh", "-c", "test -c /dev/kvm && exit 3"}, Memory: 512 << 20, Init: buildInit(t),
+		Args: []string{"sh", "-c", "test -c /dev/kvm && exit 3"}, Memory: 512 << 20, Init: buildInit(t), unqueued: true,
 		Progress: func(line string) { told = append(told, line) },
 	}
 	k := testKeep(t, cfg)
@@ -124,6 +129,68 @@ func TestDamagedStateIsReplaced(t *testing.T) {
 	told = nil
 	if status, err = Run(t.Context(), cfg); err != nil || status.Code != 3 || len(told) != 0 {
 		t.Errorf("the second time: status %+v, %v, told %q", status, err, told)
+	}
+}
+
+// PID 1 powers the machine off when the host asks, against a command that ignores requests to end, and writes back first.
+func TestPoweroff(t *testing.T) {
+	share := t.TempDir()
+	cfg := Config{Args: []string{"true"}, Init: buildInit(t), Shares: []string{share}}
+	if err := cfg.complete(); err != nil {
+		t.Fatal(err)
+	}
+	m, err := start(t.Context(), &cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.close()
+	if err := m.enter(t.Context(), &cfg); err != nil {
+		t.Fatal(err)
+	}
+	info, err := m.agent.Info(t.Context())
+	if err != nil || info.Hostname != "lab" || info.CPUs != DefaultCPUs || info.InitStarted <= 0 ||
+		info.AgentReady < info.InitStarted || info.Uptime < info.AgentReady {
+		t.Errorf("info %+v, %v", info, err)
+	}
+	out, writer := io.Pipe()
+	script := "trap '' TERM HUP; echo data > file; echo up; while :; do sleep 1; done"
+	p, err := m.agent.Start(t.Context(), agent.Command{Args: []string{"sh", "-c", script}, Dir: share, Stdout: writer})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(out, make([]byte, 3)); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.agent.Poweroff(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	<-m.exited
+	if _, err := p.Wait(); err != nil && !errors.Is(err, agent.ErrDisconnected) {
+		t.Errorf("the command: %v", err)
+	}
+	if b, err := os.ReadFile(filepath.Join(share, "file")); err != nil || string(b) != "data\n" {
+		t.Errorf("file of the share: %q, %v", b, err)
+	}
+	if console := m.console.String(); strings.Contains(console, "kvmlet init:") {
+		t.Errorf("PID 1 complained: %s", console)
+	}
+}
+
+// A machine that never comes up ends with the reason.
+func TestStuckStartTimesOut(t *testing.T) {
+	k := testKeep(t, Config{Memory: 256 << 20})
+	reason := errors.New("took too long")
+	ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, reason)
+	defer cancel()
+	m, err := launch(ctx, &k.hw, "memory-backend-ram") // no kernel, no disk
+	if err == nil {
+		err = m.connect(ctx)
+	}
+	if !errors.Is(err, reason) {
+		t.Errorf("connect: %v", err)
+	}
+	if m != nil {
+		<-m.exited
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -22,7 +23,7 @@ import (
 )
 
 func config(t *testing.T, args ...string) lab.Config {
-	return lab.Config{Args: args, Init: labtest.Init, Progress: func(line string) { t.Log(line) }}
+	return lab.Unqueued(lab.Config{Args: args, Init: labtest.Init, Progress: func(line string) { t.Log(line) }})
 }
 
 // children lists the processes that this one has started and that still are there.
@@ -61,7 +62,7 @@ func TestLab(t *testing.T) {
 		test -c /dev/kvm; test -c /dev/net/tun; grep -qw svm /proc/cpuinfo
 		test "$(nproc)" = 2; test "$(id -u)" = 0; test "$X" = "y z"; test "$PWD" = "$1"
 		test "$(awk '/MemTotal/{print ($2 > 5500000)}' /proc/meminfo)" = 1
-		: > /tmp/x; : > /run/x; : > /dev/shm/x; : > "$HOME/.x"; test -s /etc/passwd
+		for d in /tmp /run /dev/shm "$HOME"; do mktemp -p "$d" >&3; done 3>/dev/null; test -s /etc/passwd
 		date +%s > "$1/time"
 		exit 42`
 	cfg := config(t, "sh", "-c", script, "sh", share, sharedFile, elsewhere)
@@ -79,7 +80,8 @@ func TestLab(t *testing.T) {
 		t.Errorf("stdout %q, stderr %q", out.String(), errOut.String())
 	}
 	for name, want := range map[string]string{
-		filepath.Join(share, "from stdin"): string(input), sharedFile: "new", filepath.Join(share, "renamed", "link"): "moved\n",
+		filepath.Join(share, "from stdin"): string(input), filepath.Join(share, "renamed", "link"): "moved\n",
+		sharedFile: "new",
 	} {
 		if got, err := os.ReadFile(name); err != nil || string(got) != want {
 			t.Errorf("%s: %d bytes, want %d, %v", name, len(got), len(want), err)
@@ -95,9 +97,10 @@ func TestLab(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	seconds, err := time.ParseDuration(strings.TrimSpace(string(clock)) + "s")
-	if off := time.Unix(0, 0).Add(seconds).Sub(before); err != nil || off < -2*time.Second || off > time.Since(before)+2*time.Second {
-		t.Errorf("the lab's clock is %s off (%v)", off, err)
+	seconds, err := strconv.ParseInt(strings.TrimSpace(string(clock)), 10, 64)
+	const slack = 2 * time.Second
+	if now := time.Unix(seconds, 0); err != nil || now.Before(before.Add(-slack)) || now.After(time.Now().Add(slack)) {
+		t.Errorf("the lab's clock gave %s between %s and %s (%v)", now, before, time.Now(), err)
 	}
 	if left := children(t); len(left) != 0 {
 		t.Errorf("processes %v are left", left)
@@ -118,7 +121,8 @@ func TestSignals(t *testing.T) {
 		}
 		io.Copy(io.Discard, out)
 	}()
-	cfg := config(t, "sh", "-c", "trap 'echo t1' TERM; sh -c 'trap : TERM; echo up; while :; do sleep 1; done' & wait; wait; wait")
+	script := "trap 'echo t1' TERM; sh -c 'trap : TERM; echo up; while :; do sleep 1; done' & wait; wait; wait"
+	cfg := config(t, "sh", "-c", script)
 	cfg.Stdout, cfg.Signals = writer, signals
 	if _, err := lab.Run(t.Context(), cfg); !errors.Is(err, lab.ErrInterrupted) {
 		t.Errorf("after two signals: %v", err)
@@ -133,7 +137,8 @@ func TestCommandKilledBySignalAndTerminal(t *testing.T) {
 	cfg := config(t, "sh", "-c", "stty size; tty; kill -USR1 $$")
 	cfg.TTY, cfg.Size, cfg.Stdout = true, lab.Size{Rows: 12, Columns: 34}, &out
 	status, err := lab.Run(t.Context(), cfg)
-	if err != nil || status != (agent.ExitStatus{Code: 138, Signal: syscall.SIGUSR1}) || out.String() != "12 34\r\n/dev/pts/0\r\n" {
+	want := agent.ExitStatus{Code: 138, Signal: syscall.SIGUSR1}
+	if err != nil || status != want || out.String() != "12 34\r\n/dev/pts/0\r\n" {
 		t.Errorf("status %+v, %v, output %q", status, err, out.String())
 	}
 }
@@ -180,7 +185,7 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	}
 	// The owner prints its QEMU's number once the lab is up, and then waits to be killed.
-	_, err := lab.Run(context.Background(), lab.Config{
+	_, err := lab.Run(context.Background(), lab.Unqueued(lab.Config{
 		Args: []string{"sh", "-c", "echo up; exec sleep 1000"}, Init: labtest.Init,
 		Stdout: writerFunc(func(p []byte) (int, error) {
 			lists, _ := filepath.Glob("/proc/self/task/*/children")
@@ -190,7 +195,7 @@ func TestMain(m *testing.M) {
 			}
 			return len(p), nil
 		}),
-	})
+	}))
 	fmt.Fprintln(os.Stderr, err)
 	os.Exit(1)
 }
@@ -201,7 +206,8 @@ func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 func TestNoQEMU(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
-	if _, err := lab.Run(t.Context(), config(t, "true")); !errors.Is(err, lab.ErrNoQEMU) || !strings.Contains(err.Error(), "apt-get") {
+	_, err := lab.Run(t.Context(), config(t, "true"))
+	if !errors.Is(err, lab.ErrNoQEMU) || !strings.Contains(err.Error(), "apt-get") {
 		t.Errorf("without QEMU: %v", err)
 	}
 }

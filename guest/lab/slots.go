@@ -19,7 +19,8 @@ const (
 	slotImpatient = 3 * time.Second        // until waiting is worth a word
 )
 
-// acquireSlot waits until fewer labs run on the host than half its CPUs, one at least.
+// acquireSlot waits until fewer labs run on the host than it has CPUs, or than two: one that sits at a prompt must not
+// keep tests from running.
 func acquireSlot(ctx context.Context, progress func(string)) (release func(), err error) {
 	store, err := image.OpenStore("")
 	if err != nil {
@@ -29,7 +30,7 @@ func acquireSlot(ctx context.Context, progress func(string)) (release func(), er
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the cache folder: %w", err)
 	}
-	paths := make([]string, max(1, runtime.NumCPU()/2))
+	paths := make([]string, max(2, runtime.NumCPU()))
 	for i := range paths {
 		paths[i] = filepath.Join(dir, fmt.Sprintf(".slot-%d", i))
 	}

@@ -65,33 +65,46 @@ type Options struct {
 // MiB and those two ranges is written.
 func Load(mem *memory.Memory, k *Kernel, o Options) (Entry, error) {
 	l := loader{mem: mem, k: k, o: o, header: k.setupHeader()}
-	if regions := mem.Regions(); len(regions) > 0 && regions[0].Addr == 0 {
-		l.lowEnd = uint64(len(regions[0].Bytes))
-	}
-	if err := l.checkCmdline(); err != nil {
-		return Entry{}, err
-	}
-	if err := l.buildMap(); err != nil {
-		return Entry{}, err
-	}
-	src, err := k.open()
+	src, err := l.place()
 	if err != nil {
-		return Entry{}, err
-	}
-	l.program = src.program
-	if err := l.chooseMode(); err != nil {
-		return Entry{}, err
-	}
-	if err := l.placeKernel(); err != nil {
-		return Entry{}, err
-	}
-	if err := l.placeInitrd(); err != nil {
 		return Entry{}, err
 	}
 	if err := l.read(src); err != nil {
 		return Entry{}, err
 	}
 	return l.finish()
+}
+
+// Check reports whether Load would find room for everything in mem, and leaves mem as it is.
+func Check(mem *memory.Memory, k *Kernel, o Options) error {
+	l := loader{mem: mem, k: k, o: o, header: k.setupHeader()}
+	_, err := l.place()
+	return err
+}
+
+// place decides what is loaded and where.
+func (l *loader) place() (*source, error) {
+	if regions := l.mem.Regions(); len(regions) > 0 && regions[0].Addr == 0 {
+		l.lowEnd = uint64(len(regions[0].Bytes))
+	}
+	if err := l.checkCmdline(); err != nil {
+		return nil, err
+	}
+	if err := l.buildMap(); err != nil {
+		return nil, err
+	}
+	src, err := l.k.open()
+	if err != nil {
+		return nil, err
+	}
+	l.program = src.program
+	if err := l.chooseMode(); err != nil {
+		return nil, err
+	}
+	if err := l.placeKernel(); err != nil {
+		return nil, err
+	}
+	return src, l.placeInitrd()
 }
 
 // setupHeader returns the header to start from. An ELF file has none and gets what the kernel looks at.

@@ -1,23 +1,25 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
-	"github.com/kvmlet/kvmlet/blk"
-	"github.com/kvmlet/kvmlet/blk/raw"
 	"github.com/kvmlet/kvmlet/guest/agent"
 	"github.com/kvmlet/kvmlet/guest/image"
 	"github.com/kvmlet/kvmlet/guest/lab"
+	"github.com/kvmlet/kvmlet/vmm"
 )
 
 type labOptions struct {
@@ -33,12 +35,14 @@ func newLab(s streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "lab [flags] -- COMMAND ARG...",
 		Short: "Run a command in a machine that has hardware-like KVM, on a host that has none",
-		Long: `lab runs a command in a QEMU machine without acceleration whose emulated CPU has SVM, so that Linux's own kvm_amd
-serves /dev/kvm there. The files in it are this host's, read-only; what is written is kept in memory and lost at
-the end, but for what lies in a --share, which is the host's own. Standard output and error come out here,
-separately and byte for byte, signals reach the command, and its exit status is kvmlet's.
+		Long: `lab runs a command in a QEMU machine without acceleration whose emulated CPU has SVM, so that
+Linux's own kvm_amd serves /dev/kvm there. The files in it are this host's; what is written to them
+is kept in memory and lost at the end, but for what lies in a --share, which is the host's own.
+Standard output and error come out here, separately and byte for byte, signals reach the command,
+and its exit status is kvmlet's.
 
-The first lab is booted, which takes some seconds, and kept; later ones start from there.`,
+The first lab is booted, which takes some seconds, and kept; later ones start from there. The lab
+keeps accidents away from this host's files, not attackers.`,
 		Example: `  kvmlet lab -- ls -l /dev/kvm
   kvmlet lab --share . -- ./kvmlet run --accel kvm -- uname -a
   go test -exec 'kvmlet lab --share . --' ./vmm`,
@@ -50,83 +54,92 @@ The first lab is booted, which takes some seconds, and kept; later ones start fr
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cfg := lab.Config{Args: args, Shares: o.shares, Memory: int64(o.memory), CPUs: o.cpus, Icount: o.icount}
-			return runLab(cmd.Context(), s, cfg, o.tty)
+			return runLab(cmd.Context(), s, cfg, labView{tty: o.tty && s.interactive()})
 		},
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false) // what follows the command's name is the command's, also without --
-	f.StringArrayVar(&o.shares, "share", nil, "let the command change this `DIR` or file of the host")
-	f.Var(&o.memory, "memory", "the lab's memory; the host gives what is used")
-	f.IntVar(&o.cpus, "cpus", lab.DefaultCPUs, "the lab's CPUs")
+	f.StringArrayVar(&o.shares, "share", nil, "let the command change this `DIR` or file of the host; may be repeated")
+	f.Var(&o.memory, "memory", "the lab's memory, a `SIZE`; the host gives what is used of it")
+	f.IntVar(&o.cpus, "cpus", lab.DefaultCPUs, "`NUMBER` of the lab's CPUs")
 	f.BoolVar(&o.icount, "icount", false, "let the lab's clock count instructions instead of time")
 	f.BoolVarP(&o.tty, "tty", "t", false, "give the command a terminal")
 	return cmd
 }
 
-// runInLab carries out `kvmlet run` by running it in the lab, where KVM is as on hardware. What the plan checked is
-// checked again there; here it keeps mistakes from costing a boot.
-func runInLab(ctx context.Context, s streams, o *runOptions, p *plan) error {
-	// A lock taken in the lab does not reach the host's file system, so the disks are locked from here.
-	var shares []string
-	for _, d := range p.cfg.Disks {
-		f, err := raw.Open(d.Path, raw.Options{ReadOnly: d.ReadOnly})
-		if err != nil {
-			return err
-		}
-		defer closeDisk(f)
-		if !d.ReadOnly {
-			shares = append(shares, d.Path)
-		}
+// runInLab carries out `kvmlet run` by running it in the lab, where KVM is as on hardware. What can be checked here is, so
+// that mistakes do not cost a boot.
+func (p *plan) runInLab(ctx context.Context, s streams) (err error) {
+	// A lock taken in the lab does not reach the host's file system, so the disks are locked from here. A tap is the lab's.
+	disks := p.cfg
+	disks.Nets = nil
+	if p.cfg.Resources, err = vmm.OpenResources(&disks); err != nil {
+		return err
 	}
-	if err := p.prepare(ctx, s); err != nil { // in the lab the cache is read-only
+	progress := newProgress(s.err)
+	err = p.prepare(ctx, progress) // in the lab the cache is read-only
+	progress.close()
+	if err != nil {
+		return err
+	}
+	if err := p.cfg.CheckBoot(); err != nil {
 		return err
 	}
 	exe, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find kvmlet's own program: %w", err)
 	}
-	args := []string{exe, "run", "--accel", accelKVM, "--cpus", strconv.Itoa(o.cpus), "--memory", o.memory.String(),
-		"--cpu", o.cpu, "--name", o.name}
+	args, shares, err := p.labCommand(exe)
+	if err != nil {
+		return err
+	}
+	cfg := lab.Config{Args: args, Shares: shares, Memory: labMemory(p.cfg.Memory), CPUs: lab.DefaultCPUs}
+	return runLab(ctx, s, cfg, labView{
+		tty:     s.interactive() && (p.o.tty || len(p.o.command) == 0),
+		started: "Booting the VM in the lab",
+	})
+}
+
+// labCommand is the command that means in the lab what p means here, and the files that it writes. The console's is made.
+func (p *plan) labCommand(exe string) (args, shares []string, err error) {
+	o := p.o
+	args = []string{
+		exe, "run", "--accel", accelKVM, "--cpus", strconv.Itoa(o.cpus), "--memory", o.memory.String(),
+		"--cpu", o.cpu, "--name", o.name, "--append", o.appendLine,
+	}
 	for _, d := range p.cfg.Disks {
 		args = append(args, "--disk", formatDisk(d))
+		if !d.ReadOnly {
+			shares = append(shares, d.Path)
+		}
 	}
 	for _, n := range o.nets {
 		args = append(args, "--net", n)
 	}
-	for flag, path := range map[string]string{"--kernel": o.kernel, "--initrd": o.initrd} {
-		if path == "" {
+	for _, f := range [][2]string{{"--kernel", o.kernel}, {"--initrd", o.initrd}} {
+		if f[1] == "" {
 			continue
 		}
-		if path, err = absolute(path); err != nil {
-			return err
+		path, err := absolute(f[1])
+		if err != nil {
+			return nil, nil, err
 		}
-		args = append(args, flag, path)
+		args = append(args, f[0], path)
 	}
-	if o.appendLine != "" {
-		args = append(args, "--append", o.appendLine)
-	}
-	if o.console != "" {
-		path := o.console
+	if path := o.console; path != "" {
 		if path != "-" {
 			if path, err = createShared(path); err != nil {
-				return err
+				return nil, nil, err
 			}
 			shares = append(shares, path)
 		}
 		args = append(args, "--console", path)
 	}
-	tty := o.tty || len(o.command) == 0 && isTerminal(s.in)
 	if o.tty {
 		args = append(args, "--tty")
 	}
-	if len(o.command) > 0 {
-		args = append(append(args, "--"), o.command...)
-	}
-	cfg := lab.Config{Args: args, Shares: shares, Memory: labMemory(uint64(o.memory)), CPUs: lab.DefaultCPUs}
-	return runLab(ctx, s, cfg, tty)
+	return append(append(args, "--"), o.command...), shares, nil
 }
-
-func closeDisk(b blk.Backend) { _ = b.Close() } // nothing was written through it
 
 // labMemory is the memory of a lab for a VM of the given size: the usual, so that the kept lab serves, or what it takes.
 func labMemory(vm uint64) int64 {
@@ -149,8 +162,14 @@ func createShared(path string) (string, error) {
 	return filepath.Abs(path)
 }
 
+// labView is how a command in the lab looks on our terminal.
+type labView struct {
+	tty     bool   // it has the terminal for itself
+	started string // what is shown from its start to its first output
+}
+
 // runLab connects a lab to our streams and turns its end into an exit status.
-func runLab(ctx context.Context, s streams, cfg lab.Config, tty bool) error {
+func runLab(ctx context.Context, s streams, cfg lab.Config, v labView) (err error) {
 	progress := newProgress(s.err)
 	defer progress.close()
 	store, err := image.OpenStore("")
@@ -160,39 +179,99 @@ func runLab(ctx context.Context, s streams, cfg lab.Config, tty bool) error {
 	if cfg.Kernel, err = store.Kernel(ctx); err != nil {
 		return err
 	}
-	cfg.Stdin, cfg.Stdout, cfg.Stderr = s.in, s.out, s.err
+	progress.busy("Starting the lab")
 	cfg.Progress = progress.text
-
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, forwarded...)
 	defer signal.Stop(signals)
 	cfg.Signals = signals
 
-	if tty && isTerminal(s.in) {
-		restore, err := rawTerminal(s.in)
-		if err != nil {
-			return err
+	// Until there is a command, the terminal is as usual, and Ctrl-C means us. The first read says that it was started.
+	started := func() {
+		if v.started != "" {
+			progress.busy(v.started)
 		}
-		defer restore()
+	}
+	if v.tty {
+		cfg.TTY = true
+		cfg.Size = terminalSize(s.out)
 		resize, stop := terminalSizes(s.out)
 		defer stop()
-		cfg.TTY, cfg.Resize = true, resize
+		cfg.Resize = resize
+		raw := &lateTerminal{f: s.in}
+		defer raw.restore()
+		started = func() {
+			progress.close()
+			raw.set()
+		}
 	}
+	cfg.Stdin = &firstRead{r: s.in, before: started}
+	cfg.Stdout, cfg.Stderr = progress.before(s.out), progress.before(s.err)
 	status, err := lab.Run(ctx, cfg)
 	var start *agent.StartError
 	switch {
 	case errors.As(err, &start):
 		return &exitError{status.Code, err}
 	case err != nil:
-		if e := leaveError(context.Cause(ctx)); e != nil {
-			return e
+		if v.tty {
+			fprintf(s.out, "\r\n") // off the command's line
 		}
-		return err
+		return cmp.Or(leaveError(context.Cause(ctx)), leaveError(err), err)
 	case status.Code != 0:
 		return &exitError{status: status.Code}
 	default:
 		return nil
 	}
+}
+
+// firstRead calls before ahead of the first Read.
+type firstRead struct {
+	r      io.Reader
+	before func()
+	once   sync.Once
+}
+
+func (f *firstRead) Read(p []byte) (int, error) {
+	f.once.Do(f.before)
+	return f.r.Read(p)
+}
+
+// lateTerminal is a terminal that becomes raw while others use it, unless they have finished by then.
+type lateTerminal struct {
+	f *os.File
+
+	mu   sync.Mutex
+	undo func()
+	over bool
+}
+
+func (t *lateTerminal) set() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.over || t.undo != nil {
+		return
+	}
+	if undo, err := rawTerminal(t.f); err == nil { // a terminal that is gone shows in what is read from it
+		t.undo = undo
+	}
+}
+
+func (t *lateTerminal) restore() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.over = true
+	if t.undo != nil {
+		t.undo()
+	}
+}
+
+// terminalSize is a terminal's size now, or that of the terminals of old.
+func terminalSize(f *os.File) lab.Size {
+	w, h, err := term.GetSize(int(f.Fd()))
+	if err != nil || w <= 0 || h <= 0 {
+		return lab.Size{Rows: 24, Columns: 80}
+	}
+	return lab.Size{Rows: uint16(h), Columns: uint16(w)}
 }
 
 // terminalSizes sends the size of a terminal now and whenever it changes.
@@ -208,12 +287,8 @@ func terminalSizes(f *os.File) (<-chan lab.Size, func()) {
 				return
 			case <-changed:
 			}
-			w, h, err := term.GetSize(int(f.Fd()))
-			if err != nil {
-				continue
-			}
 			select {
-			case sizes <- lab.Size{Rows: uint16(h), Columns: uint16(w)}:
+			case sizes <- terminalSize(f):
 			case <-done:
 				return
 			}

@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kvmlet/kvmlet/net"
 	"github.com/kvmlet/kvmlet/vmm"
 )
@@ -155,6 +157,9 @@ func parseNet(s string) (card, error) {
 	}
 	c.ID, _ = spec.Take("id")
 	c.Spec = spec
+	if err := checkTap(s); err != nil {
+		return c, err
+	}
 	if v, ok := spec.Peek("hostip"); ok {
 		if c.hostIP, err = netip.ParsePrefix(v); err != nil {
 			return c, fmt.Errorf("hostip=%s: want an address and its prefix, such as 192.168.77.1/24", v)
@@ -164,6 +169,21 @@ func parseNet(s string) (card, error) {
 		}
 	}
 	return c, nil
+}
+
+// checkTap finds mistakes that the backend would find as well, but later, and in the lab later still.
+func checkTap(s string) error {
+	spec, err := net.ParseSpec(s)
+	if err != nil {
+		return err
+	}
+	if len(spec.Name) >= unix.IFNAMSIZ {
+		return fmt.Errorf("tap=%s: the name of a device has at most %d characters", spec.Name, unix.IFNAMSIZ-1)
+	}
+	for _, known := range []string{"mac", "id", "hostip", "existing"} {
+		spec.Take(known)
+	}
+	return spec.Unknown()
 }
 
 // guestIP is the address that the guest gets on a card whose host side has one: the next in the network, or else the one

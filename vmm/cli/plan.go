@@ -70,6 +70,7 @@ func (p *plan) close() {
 	if p.image != nil {
 		_ = p.image.Close() // read-only
 	}
+	_ = p.cfg.Resources.Close() // of use only where no VM was made
 }
 
 // cmdline is the kernel's command line: ours first, so that the user's words win.
@@ -106,9 +107,7 @@ func checkHostname(name string) error {
 }
 
 // prepare opens what the VM boots from, and makes what is missing.
-func (p *plan) prepare(ctx context.Context, s streams) (err error) {
-	progress := newProgress(s.err)
-	defer progress.close()
+func (p *plan) prepare(ctx context.Context, progress *progress) (err error) {
 	p.image, err = vmm.OpenImage(ctx, vmm.ImageOptions{
 		Kernel: p.o.kernel, Initrd: p.o.initrd, Agent: p.agent, Progress: progress.image,
 	})
@@ -127,15 +126,25 @@ const consoleLines = 25
 
 // boot runs the VM on this host's KVM.
 func (p *plan) boot(ctx context.Context, s streams) (err error) {
-	if err := p.prepare(ctx, s); err != nil {
+	if p.cfg.Resources, err = vmm.OpenResources(&p.cfg); err != nil {
 		return err
 	}
+	if err := haveKVM(); err != nil { // before an image is made for nothing
+		return err
+	}
+	progress := newProgress(s.err)
+	defer progress.close()
+	if err := p.prepare(ctx, progress); err != nil {
+		return err
+	}
+	progress.busy("Booting the VM")
 	w, closeConsole, err := openConsole(s, p.o.console)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeConsole()) }()
 	if !p.agent {
+		progress.close()
 		return p.bootConsole(ctx, s, w)
 	}
 	console := &tail{w: w}
@@ -144,7 +153,7 @@ func (p *plan) boot(ctx context.Context, s streams) (err error) {
 	if err != nil {
 		return err
 	}
-	status, err := p.command(ctx, s, vm)
+	status, err := p.command(ctx, s, vm, progress)
 	if closed := vm.Close(); err == nil {
 		err = closed
 	}
@@ -152,7 +161,7 @@ func (p *plan) boot(ctx context.Context, s streams) (err error) {
 		return nil
 	}
 	var ee *exitError
-	if w == nil && errors.As(err, &ee) && ee.err != nil && ee.status != statusTimeout {
+	if w == nil && errors.As(err, &ee) && ee.failed() {
 		if last := console.last(consoleLines); len(last) > 0 {
 			fprintf(s.err, "kvmlet: the guest's console ended with\n%s", last)
 		}
@@ -163,8 +172,8 @@ func (p *plan) boot(ctx context.Context, s streams) (err error) {
 	return err
 }
 
-// command starts the VM, waits for its agent, runs the command and powers the guest off.
-func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM) (int, error) {
+// command starts the VM, waits for its agent, runs the command and powers the guest off. progress ends with the boot.
+func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM, progress *progress) (int, error) {
 	if err := vm.Start(); err != nil {
 		return 0, err
 	}
@@ -180,6 +189,7 @@ func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM) (int, error) 
 	}()
 	release := stopOnSignal(cancel)
 	client, err := agent.Connect(ctx, vm.AgentPort())
+	progress.close()
 	release()
 	if err != nil {
 		return 0, p.why(ctx, vm, err)
@@ -187,8 +197,13 @@ func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM) (int, error) 
 	defer client.Close()
 
 	sess := session{streams: s, args: p.o.command, tty: p.o.tty}
-	if len(sess.args) == 0 {
-		sess.args, sess.tty = []string{"sh"}, isTerminal(s.in)
+	switch {
+	case len(sess.args) > 0:
+	case s.interactive():
+		sess.args, sess.dir, sess.tty = []string{"bash"}, "/root", true
+		fprintf(s.err, "kvmlet: a shell in the VM; exit ends it, and so does Ctrl-A x at any time\n")
+	default:
+		sess.args = []string{"sh"}
 	}
 	status, err := sess.run(ctx, client)
 	if err != nil {
@@ -197,8 +212,10 @@ func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM) (int, error) 
 	// The guest ends its own way, so that its disks are whole.
 	end, stop := context.WithTimeout(context.WithoutCancel(ctx), powerOffGrace)
 	defer stop()
-	if err := client.Poweroff(end); err == nil {
-		_, _ = vm.Wait(end) // a guest that does not end in time is stopped by Close
+	refused := client.Poweroff(end)
+	how, err := vm.Wait(end) // a guest that does not end in time is stopped by Close
+	if refused != nil && err == nil {
+		return 0, endError(how) // it was ending before we asked, and its command with it
 	}
 	return status, nil
 }

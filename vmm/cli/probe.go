@@ -16,9 +16,9 @@ func newProbe(s streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "probe",
 		Short: "Tell what this host can do for VMs, and what to do about what is missing",
-		Long: `probe tries KVM, taps and io_uring and prints what it found. KVM is measured, not guessed from its module's name:
-a small guest counts for a few milliseconds, and its speed tells hardware from software. The exit status is 0
-whatever was found.`,
+		Long: `probe tries KVM, taps and io_uring and prints what it found. KVM is measured, not guessed from its
+module's name: a small guest counts for a few milliseconds, and its speed tells hardware from
+software. The exit status is 0 whatever was found.`,
 		Example: "  kvmlet probe\n  kvmlet probe --json | jq -r .kvm",
 		Args:    cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {

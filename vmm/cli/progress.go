@@ -2,7 +2,9 @@ package cli
 
 import (
 	"fmt"
+	"io"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/schollz/progressbar/v3"
@@ -11,12 +13,16 @@ import (
 )
 
 // progress shows long work on standard error: a bar on a terminal, a line for each step elsewhere. It is silent until
-// there is something to tell.
+// there is something to tell. Its methods may be called from any goroutine.
 type progress struct {
-	w        *os.File
+	w        io.Writer
 	terminal bool
-	bar      *progressbar.ProgressBar
-	last     string
+
+	mu     sync.Mutex // guards what follows
+	bar    *progressbar.ProgressBar
+	last   string
+	total  int
+	closed bool
 }
 
 func newProgress(w *os.File) *progress { return &progress{w: w, terminal: isTerminal(w)} }
@@ -24,39 +30,75 @@ func newProgress(w *os.File) *progress { return &progress{w: w, terminal: isTerm
 // text announces a step.
 func (p *progress) text(s string) { p.step(s, 0, 0) }
 
+// busy says on a terminal why nothing happens there. Elsewhere nobody waits.
+func (p *progress) busy(s string) {
+	if p.terminal {
+		p.step(s, 0, 0)
+	}
+}
+
 // image shows the progress of an image build.
 func (p *progress) image(i image.Progress) {
 	p.step(fmt.Sprintf("[%d/%d] %s", i.Step, i.Steps, i.Text), i.Done, i.Total)
 }
 
+// step shows s, with a bar if total is known. It does nothing after close.
 func (p *progress) step(s string, done, total int) {
-	if !p.terminal {
-		if s != p.last {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	news := s != p.last
+	p.last = s
+	switch {
+	case p.closed:
+		return
+	case !p.terminal:
+		if news {
 			fprintf(p.w, "kvmlet: %s\n", s)
-			p.last = s
 		}
 		return
 	}
-	if total == 0 {
+	if total <= 0 {
 		total = -1 // a spinner
 	}
-	if p.bar == nil {
+	if p.bar == nil || p.total != total {
+		p.clear()
+		p.total = total
 		p.bar = progressbar.NewOptions(total, progressbar.OptionSetWriter(p.w), progressbar.OptionClearOnFinish(),
 			progressbar.OptionThrottle(50*time.Millisecond), progressbar.OptionSetWidth(30), progressbar.OptionSpinnerType(14))
+		news = true
 	}
-	if s != p.last {
+	if news {
 		p.bar.Describe(s)
-		p.last = s
-	}
-	if p.bar.GetMax() != total {
-		p.bar.ChangeMax(total)
 	}
 	_ = p.bar.Set(done) // only the terminal can fail
 }
 
-// close takes the bar off the terminal.
-func (p *progress) close() {
+// clear takes the bar off the terminal and ends its goroutine.
+func (p *progress) clear() {
 	if p.bar != nil {
-		_ = p.bar.Clear()
+		_ = p.bar.Finish()
+		p.bar = nil
 	}
+}
+
+// close takes the bar off the terminal for good.
+func (p *progress) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.clear()
+	p.closed = true
+}
+
+// before returns a writer that closes p ahead of the first byte.
+func (p *progress) before(w io.Writer) io.Writer { return &afterProgress{w: w, p: p} }
+
+type afterProgress struct {
+	w    io.Writer
+	p    *progress
+	once sync.Once
+}
+
+func (a *afterProgress) Write(b []byte) (int, error) {
+	a.once.Do(a.p.close)
+	return a.w.Write(b)
 }

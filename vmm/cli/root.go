@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"runtime/debug"
+	"strings"
 
 	"github.com/spf13/cobra"
 )
@@ -39,11 +40,19 @@ func (e *exitError) Error() string {
 
 func (e *exitError) Unwrap() error { return e.err }
 
+// failed reports whether something went wrong that the guest's console may explain.
+func (e *exitError) failed() bool {
+	return e.err != nil && e.status != statusTimeout && e.status != statusStopped && e.status != statusReboot
+}
+
 // streams are the standard streams of a command, replaced in tests.
 type streams struct {
 	in       *os.File
 	out, err *os.File
 }
+
+// interactive reports whether somebody sits at a terminal and types.
+func (s *streams) interactive() bool { return isTerminal(s.in) && isTerminal(s.out) }
 
 // Main runs the command line and returns the exit status.
 func Main(ctx context.Context, args []string) int {
@@ -71,13 +80,14 @@ func newRoot(s streams) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "kvmlet",
 		Short: "Run a Linux machine of its own for a test, a benchmark or a CI job",
-		Long: `kvmlet is a virtual machine monitor on KVM. It boots a Linux guest in which a command runs as if it were local:
-its output comes out here, and its exit status is kvmlet's. Where KVM is missing, or emulated in software, the
-same commands run in the lab, a QEMU machine that has hardware-like KVM; only slower.`,
-		Example: `  kvmlet run                              an interactive shell in a new VM
-  kvmlet run -- uname -a                  one command, and its exit status
+		Long: `kvmlet is a virtual machine monitor on KVM. It boots a Linux guest in which a command runs as if it
+were local: its output comes out here, and its exit status is kvmlet's. Where KVM is missing, or
+emulated in software, the same commands run in the lab, a QEMU machine that has KVM as on hardware;
+only slower.`,
+		Example: `  kvmlet run                              # an interactive shell in a new VM
+  kvmlet run -- uname -a                  # one command, and its exit status
   kvmlet run --disk path=test.img -- lsblk
-  kvmlet probe                            what this host can do`,
+  kvmlet probe                            # what this host can do`,
 		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -86,9 +96,18 @@ same commands run in the lab, a QEMU machine that has hardware-like KVM; only sl
 	root.SetOut(s.out)
 	root.SetErr(s.err)
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
+	// What is wrong is said in one line.
+	root.DisableSuggestions = true
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return fmt.Errorf("%w (see %s --help)", err, cmd.CommandPath())
+	})
+	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages", fmt.Sprintf(".FlagUsagesWrapped %d", helpWidth)))
 	root.AddCommand(newRun(s), newProbe(s), newLab(s))
 	return root
 }
+
+// helpWidth is how wide help texts are, in columns.
+const helpWidth = 100
 
 // version is the module's version as the Go toolchain recorded it.
 func version() string {

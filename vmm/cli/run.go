@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/kvmlet/kvmlet/guest/lab"
 	"github.com/kvmlet/kvmlet/vmm"
 	"github.com/kvmlet/kvmlet/vmm/vcpu"
 )
@@ -29,12 +30,29 @@ type runOptions struct {
 	command                    []string
 }
 
-const runLong = `run boots a VM and runs a command in it, or an interactive shell when none is given. The command's standard
-output and error come out here, separately and byte for byte, signals reach it, and its exit status is kvmlet's.
+// defaultMemory is a guest's memory in bytes.
+const defaultMemory = 512 << 20
 
-With no --kernel, a pinned Linux kernel is used; with no --initrd, kvmlet's own guest image, which holds the usual
-commands, fio and iperf3. Disks are /dev/vda, /dev/vdb, ... and network cards eth0, eth1, ... in the order given.
-With --initrd and no command the VM is left to that initrd's own init, and its serial console is connected here.
+const runLong = `run boots a VM and runs a command in it, or a shell when none is given. The command's standard
+output and error come out here, separately and byte for byte, signals reach it, and its exit status
+is kvmlet's. When it ends, the VM is powered off.
+
+With no --kernel, a pinned Linux kernel is used; with no --initrd, kvmlet's own guest image, which
+has the usual commands, fio and iperf3. With --initrd and no command the VM is left to that initrd's
+own init, and its serial console is connected here.
+
+Disks are /dev/vda, /dev/vdb and so on in the order given; a DISK is
+  path=FILE        a raw image or a block device; a comma in the name is written twice
+  readonly         the guest cannot write, and others may read the file too
+  format=raw       the only one so far
+  id=NAME          the serial number that the guest sees, up to 20 characters
+Network cards are eth0, eth1 and so on; a NET is
+  tap=NAME         a tap device of the host, made for the VM's time if there is none
+  hostip=IP/LEN    gives the host's side this address, and eth0 the next one
+  mac=MAC          the guest's address (default: a random one)
+  existing         do not make the tap
+  id=NAME          a name for it
+In the lab a tap is one of the lab's, so that the VM reaches the lab and nothing beyond.
 
 On a terminal, Ctrl-A x ends the VM and Ctrl-A Ctrl-A sends one Ctrl-A.
 
@@ -46,13 +64,14 @@ A guest that powers itself off ends with 0.`
 
 const runExample = `  kvmlet run
   kvmlet run -- sh -c 'uname -a; nproc'
-  kvmlet run --cpus 2 --memory 1G --disk path=test.img -- fio --name=t --filename=/dev/vda --rw=randread --runtime=10
+  kvmlet run --cpus 2 --memory 1G --disk path=test.img -- \
+      fio --name=t --filename=/dev/vda --rw=randread --time_based --runtime=10
   kvmlet run --net tap=vm0,hostip=192.168.77.1/24 -- ping -c 3 192.168.77.1
-  kvmlet run --kernel bzImage --append 'loglevel=7' --console - -- dmesg
+  kvmlet run --kernel bzImage --append loglevel=7 --console - -- dmesg
   kvmlet run --accel lab --timeout 2m -- nproc`
 
 func newRun(s streams) *cobra.Command {
-	o := runOptions{memory: 512 << 20}
+	o := runOptions{memory: defaultMemory}
 	cmd := &cobra.Command{
 		Use:     "run [flags] [-- COMMAND ARG...]",
 		Short:   "Boot a VM and run a command, or a shell, in it",
@@ -66,23 +85,31 @@ func newRun(s streams) *cobra.Command {
 			return runVM(cmd.Context(), s, &o)
 		},
 	}
+	o.addFlags(cmd)
+	for flag, values := range map[string][]string{
+		"accel": {accelAuto, accelKVM, accelLab},
+		"cpu":   {string(vcpu.Host), string(vcpu.Baseline)},
+	} {
+		_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
+	}
+	return cmd
+}
+
+func (o *runOptions) addFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&o.kernel, "kernel", "", "kernel `FILE`: a bzImage or an ELF vmlinux (default the pinned kernel)")
 	f.StringVar(&o.initrd, "initrd", "", "initial RAM disk `FILE` (default kvmlet's guest image)")
-	f.StringVar(&o.appendLine, "append", "", "words to add to the kernel's command line")
-	f.IntVar(&o.cpus, "cpus", 1, fmt.Sprintf("number of CPUs, 1 to %d", vmm.MaxCPUs))
-	f.Var(&o.memory, "memory", "memory, 64M to 64G")
-	f.StringVar(&o.cpu, "cpu", string(vcpu.Host), "CPU `template`: host or baseline (x86-64-v2)")
-	f.StringArrayVar(&o.disks, "disk", nil, "add a disk: `path=FILE[,readonly][,format=raw][,id=NAME]`")
-	f.StringArrayVar(&o.nets, "net", nil, "add a network card: `tap=NAME[,mac=MAC][,hostip=IP/LEN][,existing][,id=NAME]`")
-	f.DurationVar(&o.timeout, "timeout", 0, "end the VM after this time, with status 124")
-	f.StringVar(&o.name, "name", "kvmlet", "the guest's host name")
-	f.StringVar(&o.accel, "accel", accelAuto, "where to run: `auto`, kvm, or lab")
+	f.StringVar(&o.appendLine, "append", "", "`WORDS` to add to the kernel's command line")
+	f.IntVar(&o.cpus, "cpus", 1, fmt.Sprintf("`NUMBER` of CPUs, 1 to %d", vmm.MaxCPUs))
+	f.Var(&o.memory, "memory", "memory, a `SIZE` from 64M to 64G in steps of 2M")
+	f.StringVar(&o.cpu, "cpu", string(vcpu.Host), "CPU `TEMPLATE`: host or baseline (x86-64-v2)")
+	f.StringArrayVar(&o.disks, "disk", nil, "add a `DISK`, such as path=test.img,readonly; may be repeated")
+	f.StringArrayVar(&o.nets, "net", nil, "add a network card on a `NET`, such as tap=vm0; may be repeated")
+	f.DurationVar(&o.timeout, "timeout", 0, "end the VM after this `TIME`, such as 90s or 5m, with status 124")
+	f.StringVar(&o.name, "name", "kvmlet", "the guest's host `NAME`")
+	f.StringVar(&o.accel, "accel", accelAuto, "`WHERE` to run: kvm, lab, or auto, which is kvm where that is hardware")
 	f.StringVar(&o.console, "console", "", "write the guest's serial console to `FILE`, or with - to standard error")
 	f.BoolVarP(&o.tty, "tty", "t", false, "give COMMAND a terminal")
-	_ = cmd.RegisterFlagCompletionFunc("accel", cobra.FixedCompletions([]string{accelAuto, accelKVM, accelLab}, cobra.ShellCompDirectiveNoFileComp))
-	_ = cmd.RegisterFlagCompletionFunc("cpu", cobra.FixedCompletions([]string{string(vcpu.Host), string(vcpu.Baseline)}, cobra.ShellCompDirectiveNoFileComp))
-	return cmd
 }
 
 // runVM carries out `kvmlet run`: it checks the options, chooses the place and boots.
@@ -103,9 +130,9 @@ func runVM(ctx context.Context, s streams, o *runOptions) error {
 	}
 	if accel == accelLab {
 		if why != "" {
-			fprintf(s.err, "kvmlet: %s, so the VM runs in the lab (QEMU without KVM, some ten times slower)\n", why)
+			fprintf(s.err, "kvmlet: %s, so the VM runs in the lab, which is slower (see kvmlet probe)\n", why)
 		}
-		return runInLab(ctx, s, o, plan)
+		return plan.runInLab(ctx, s)
 	}
 	return plan.boot(ctx, s)
 }
@@ -113,19 +140,19 @@ func runVM(ctx context.Context, s streams, o *runOptions) error {
 // errTimeout is the cause of a VM's end by --timeout.
 var errTimeout = errors.New("--timeout ran out")
 
-// ended turns the end of a VM, or of what runs in the lab, into an exit status.
+// endError turns the end of a VM into an exit status.
 func endError(end vmm.End) error {
 	switch end.Outcome {
 	case vmm.PowerOff:
 		return nil
 	case vmm.Reboot:
-		return &exitError{status: statusReboot}
+		return &exitError{statusReboot, errors.New("the guest rebooted, which ends the VM")}
 	case vmm.TripleFault:
 		return &exitError{statusTripleFault, errors.New("the guest's CPU shut down (triple fault)")}
 	case vmm.Panic:
 		return &exitError{statusPanic, errors.New("the guest's kernel panicked")}
 	case vmm.Stopped:
-		return &exitError{status: statusStopped}
+		return &exitError{statusStopped, errLeft}
 	default:
 		return &exitError{statusError, end.Err}
 	}
@@ -136,8 +163,8 @@ func leaveError(err error) error {
 	switch {
 	case errors.Is(err, errTimeout):
 		return &exitError{statusTimeout, errTimeout}
-	case errors.Is(err, errLeft):
-		return &exitError{status: statusStopped}
+	case errors.Is(err, errLeft), errors.Is(err, lab.ErrInterrupted):
+		return &exitError{statusStopped, errLeft}
 	default:
 		return nil
 	}

@@ -45,7 +45,11 @@ func (p *plan) bootConsole(ctx context.Context, s streams, log io.Writer) error 
 			return errors.Join(err, vm.Close())
 		}
 		defer restore()
-		in = &escapeReader{r: s.in, leave: func() { leave(errLeft) }}
+		fprintf(s.err, "kvmlet: the VM's serial console; Ctrl-A x ends the VM\r\n")
+		in = &escapeReader{r: s.in, leave: func() {
+			fprintf(s.out, "\r\n")
+			leave(errLeft)
+		}}
 	}
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)

@@ -22,7 +22,7 @@ var forwarded = []os.Signal{
 const patience = 3
 
 // errLeft is the cause of a session's end by Ctrl-A x, or by a signal that meant kvmlet.
-var errLeft = errors.New("left the VM")
+var errLeft = errors.New("the VM was stopped")
 
 // session is one command in a guest, connected to our own streams.
 type session struct {
@@ -43,16 +43,16 @@ func (s *session) run(ctx context.Context, c *agent.Client) (int, error) {
 		Args: s.args, Dir: s.dir, Env: s.env, Stdin: s.streams.in, Stdout: s.streams.out, Stderr: s.streams.err,
 	}
 	if s.tty {
+		size := terminalSize(s.streams.out)
+		cmd.TTY, cmd.Rows, cmd.Columns = true, size.Rows, size.Columns
+	}
+	if s.tty && isTerminal(s.streams.in) {
 		restore, err := rawTerminal(s.streams.in)
 		if err != nil {
 			return 0, err
 		}
 		defer restore()
-		cmd.TTY = true
 		cmd.Stdin = &escapeReader{r: s.streams.in, leave: func() { leave(errLeft) }}
-		if w, h, err := term.GetSize(int(s.streams.out.Fd())); err == nil {
-			cmd.Rows, cmd.Columns = uint16(h), uint16(w)
-		}
 	}
 
 	signals := make(chan os.Signal, 16)
@@ -72,6 +72,19 @@ func (s *session) run(ctx context.Context, c *agent.Client) (int, error) {
 	defer close(stop)
 	go s.relay(p, signals, stop, leave)
 
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_, _ = p.Wait()
+	}()
+	select {
+	case <-ended:
+	case <-ctx.Done(): // a guest may be past ending a command
+		if s.tty {
+			fprintf(s.streams.out, "\r\n") // off the guest's line
+		}
+		return 0, context.Cause(ctx)
+	}
 	status, err := p.Wait()
 	if err != nil {
 		return 0, cause(ctx, err)
@@ -79,8 +92,14 @@ func (s *session) run(ctx context.Context, c *agent.Client) (int, error) {
 	return status.Code, nil
 }
 
+// target takes what relay passes on; it is an *agent.Process.
+type target interface {
+	Signal(syscall.Signal) error
+	Resize(rows, columns uint16) error
+}
+
 // relay passes signals on until stop is closed.
-func (s *session) relay(p *agent.Process, signals <-chan os.Signal, stop <-chan struct{}, leave func(error)) {
+func (s *session) relay(p target, signals <-chan os.Signal, stop <-chan struct{}, leave func(error)) {
 	interrupts := 0
 	for {
 		select {
@@ -88,8 +107,9 @@ func (s *session) relay(p *agent.Process, signals <-chan os.Signal, stop <-chan 
 			return
 		case sig := <-signals:
 			if sig == syscall.SIGWINCH {
-				if w, h, err := term.GetSize(int(s.streams.out.Fd())); err == nil && s.tty {
-					_ = p.Resize(uint16(h), uint16(w)) // a command that is gone needs no size
+				if s.tty {
+					size := terminalSize(s.streams.out)
+					_ = p.Resize(size.Rows, size.Columns) // a command that is gone needs no size
 				}
 				continue
 			}

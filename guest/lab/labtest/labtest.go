@@ -82,8 +82,8 @@ func runInLab() (code int, err error) {
 	return status.Code, err
 }
 
-// Init is a lab.Config's Init for programs that are not kvmlet: it gives the executable that $KVMLET_BIN names, or a small
-// one that "go build" makes, which is kept in the user's cache.
+// Init is a lab.Config's Init for programs that are not kvmlet: it gives the executable that $KVMLET_BIN names, or a
+// small one that "go build" makes, which is kept in the user's cache.
 func Init(ctx context.Context) (string, error) {
 	if exe := os.Getenv("KVMLET_BIN"); exe != "" {
 		return exe, nil
