@@ -100,13 +100,15 @@ func (c *Client) Start(ctx context.Context, cmd Command) (*Process, error) {
 	if _, err := c.open(frameStart, msg, func(id uint32) { p.id, c.processes[id] = id, p }); err != nil {
 		return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], err)
 	}
+	var failed error
 	select {
-	case err := <-p.started:
-		if err != nil {
-			return nil, &StartError{cmd.Args[0], err}
+	case failed = <-p.started:
+	case <-p.exited:
+		select {
+		case failed = <-p.started: // and ended since
+		default: // the connection ended
+			return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], p.err)
 		}
-	case <-p.exited: // the connection ended
-		return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], p.err)
 	case <-ctx.Done():
 		p.Signal(syscall.SIGKILL)
 		for ch := stdout; ch < channels; ch++ {
@@ -114,6 +116,9 @@ func (c *Client) Start(ctx context.Context, cmd Command) (*Process, error) {
 			c.w.send(frameClose, ch, p.id, nil)
 		}
 		return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], context.Cause(ctx))
+	}
+	if failed != nil {
+		return nil, &StartError{cmd.Args[0], failed}
 	}
 	p.serve(ctx, cmd)
 	return p, nil

@@ -15,12 +15,13 @@ const helperArg = "helper"
 
 // helpers are those programs.
 var helpers = map[string]func() error{
-	"mirror":   mirror,
-	"writer":   writer,
-	"crash":    crash,
-	"acpi":     acpi,
-	"cpuflags": cpuflags,
-	"touch":    touch,
+	"mirror":    mirror,
+	"writer":    writer,
+	"crash":     crash,
+	"acpi":      acpi,
+	"cpuflags":  cpuflags,
+	"markholes": markholes,
+	"highpages": highpages,
 }
 
 func helper(name string) {

@@ -59,7 +59,7 @@ func TestKeyHoldsWhatMatters(t *testing.T) {
 	}
 	for name, cfg := range map[string]Config{
 		"memory": {Kernel: kernel, Memory: 1 << 30},
-		"CPUs":   {Kernel: kernel, CPUs: 1},
+		"CPUs":   {Kernel: kernel, CPUs: DefaultCPUs + 1},
 		"icount": {Kernel: kernel, Icount: true},
 		"kernel": {},
 	} {

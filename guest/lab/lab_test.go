@@ -60,12 +60,12 @@ func TestLab(t *testing.T) {
 		mkdir "$1/dir"; echo moved > "$1/dir/a"; mv "$1/dir" "$1/renamed"; sync "$1/renamed/a"
 		ln -s a "$1/renamed/link"; chmod 751 "$1/renamed"
 		test -c /dev/kvm; test -c /dev/net/tun; grep -qw svm /proc/cpuinfo
-		test "$(nproc)" = 2; test "$(id -u)" = 0; test "$X" = "y z"; test "$PWD" = "$1"
+		test "$(nproc)" = "$4"; test "$(id -u)" = 0; test "$X" = "y z"; test "$PWD" = "$1"
 		test "$(awk '/MemTotal/{print ($2 > 5500000)}' /proc/meminfo)" = 1
 		for d in /tmp /run /dev/shm "$HOME"; do mktemp -p "$d" >&3; done 3>/dev/null; test -s /etc/passwd
 		date +%s > "$1/time"
 		exit 42`
-	cfg := config(t, "sh", "-c", script, "sh", share, sharedFile, elsewhere)
+	cfg := config(t, "sh", "-c", script, "sh", share, sharedFile, elsewhere, strconv.Itoa(lab.DefaultCPUs))
 	cfg.Shares, cfg.Dir = []string{share, sharedFile}, share
 	cfg.Env = append(os.Environ(), "X=y z")
 	var out, errOut bytes.Buffer

@@ -34,7 +34,7 @@ func measure(ctx context.Context, o *options, kit string, r rounds) (_ *findings
 		return nil, err
 	}
 	f.Cmdline = o.cmdline
-	t, err := openTrace()
+	t, err := openTrace(o.counted)
 	if err != nil {
 		return nil, err
 	}
@@ -59,7 +59,8 @@ func measure(ctx context.Context, o *options, kit string, r rounds) (_ *findings
 			if i < r.boots {
 				what = "boot"
 			}
-			fmt.Fprintf(os.Stderr, "bench: %s %d: %-12s first instruction %v, answer %v\n", what, i+1, m.name, s.Entry, s.Answer)
+			fmt.Fprintf(os.Stderr, "bench: %s %d: %-12s first instruction %v, answer %v\n",
+				what, i+1, m.name, s.Entry, s.Answer)
 			s.Phases = nil
 			f.Samples = append(f.Samples, s)
 		}
@@ -72,7 +73,9 @@ func measure(ctx context.Context, o *options, kit string, r rounds) (_ *findings
 }
 
 // measurePhases returns the medians of some starts that are slowed by probes.
-func measurePhases(ctx context.Context, t *trace, o *options, m *machine, program string, n int) (list []phase, err error) {
+func measurePhases(
+	ctx context.Context, t *trace, o *options, m *machine, program string, n int,
+) (list []phase, err error) {
 	remove, err := t.probes(program)
 	if err != nil {
 		return nil, err
@@ -133,7 +136,7 @@ func report(w io.Writer, o *options, where string, timed, counted *findings) err
 	var b strings.Builder
 	fmt.Fprintf(&b, "VM: %d CPU(s), %d MiB. Times: medians in %s, %d CPUs, Linux %s, %s; load %s before, %s after.\n",
 		o.cpus, o.memory, where, timed.CPUs, timed.Kernel, timed.QEMU, timed.Load[0], timed.Load[1])
-	fmt.Fprintf(&b, "Instructions: medians in a lab with one CPU that counts them. Load of this host now: %s.\n\n", load())
+	fmt.Fprintf(&b, "Instructions: medians in a lab whose one CPU counts them. Load of this host now: %s.\n\n", load())
 	b.WriteString("| | kvmlet | QEMU microvm | ratio | aim | rounds, spread |\n|---|--:|--:|--:|--:|---|\n")
 	for _, r := range []struct {
 		what   string
@@ -145,7 +148,6 @@ func report(w io.Writer, o *options, where string, timed, counted *findings) err
 		{"exec to first guest instruction, time", timed, entry, milliseconds, "0.33"},
 		{"exec to first guest instruction, instructions", counted, entry, millions, "0.33"},
 		{"exec to the agent's answer, time", timed, answer, milliseconds, "1.00"},
-		{"exec to the agent's answer, instructions", counted, answer, millions, "1.00"},
 		{"the VMM's own memory, resident", timed, total, mebibytes, "0.33"},
 		{"of it not backed by files", timed, anon, mebibytes, ""},
 	} {
@@ -179,7 +181,8 @@ func writePhases(b *strings.Builder, timed, counted []phase) {
 	for _, p := range counted {
 		instructions[p.Name] = p.Took
 	}
-	b.WriteString("\nkvmlet from exec to the first guest instruction, with probes; a row lasts from the entry of its function to the next row's:\n\n")
+	b.WriteString("\nkvmlet from exec to the first guest instruction, slowed by probes. " +
+		"A row lasts from the entry of its function to that of the next.\n\n")
 	b.WriteString("| from | time | instructions |\n|---|--:|--:|\n")
 	for _, p := range timed {
 		fmt.Fprintf(b, "| %s | %s | %.2f M |\n", p.Name, milliseconds(int64(p.Took)), float64(instructions[p.Name])/1e6)

@@ -20,11 +20,15 @@ const (
 
 	execEvent  = "events/sched/sched_process_exec/enable"
 	entryEvent = "events/kvm/kvm_entry/enable"
+
+	switchEvent  = "events/sched/sched_switch/enable"
+	switchFilter = "events/sched/sched_switch/filter"
 )
 
 // trace is an instance of the kernel's tracer: a buffer and a choice of events of our own.
 type trace struct {
 	dir    string
+	busy   bool // times leave out when the machine's one CPU is idle
 	pipe   *os.File
 	events chan event
 }
@@ -37,18 +41,22 @@ type event struct {
 	text string
 }
 
-// openTrace makes an instance that records nothing yet. It needs root.
-func openTrace() (_ *trace, err error) {
+// openTrace makes an instance that records nothing yet. It needs root. With busy, times leave out when the CPU, which
+// must be the only one, has nothing to do.
+func openTrace(busy bool) (_ *trace, err error) {
 	if _, err := os.Stat(filepath.Join(tracefs, "instances")); errors.Is(err, os.ErrNotExist) {
 		if err := unix.Mount("tracefs", tracefs, "tracefs", 0, ""); err != nil {
 			return nil, fmt.Errorf("mount tracefs on %s: %w (run as root, or measure in the lab with -lab)", tracefs, err)
 		}
 	}
-	t := &trace{events: make(chan event, 4096)}
+	t := &trace{busy: busy, events: make(chan event, 4096)}
 	if t.dir, err = os.MkdirTemp(filepath.Join(tracefs, "instances"), "kvmlet-bench-"); err != nil {
 		return nil, fmt.Errorf("make a trace instance: %w (run as root, or measure in the lab with -lab)", err)
 	}
 	err = t.set("trace_clock", "mono")
+	if err == nil && busy {
+		err = t.set(switchFilter, "prev_pid == 0 || next_pid == 0")
+	}
 	if err == nil {
 		t.pipe, err = os.Open(filepath.Join(t.dir, "trace_pipe"))
 	}
@@ -101,19 +109,41 @@ func (t *trace) begin() error {
 	for len(t.events) > 0 {
 		<-t.events
 	}
-	return errors.Join(t.set("trace", ""), t.set(execEvent, "1"), t.set(entryEvent, "1"))
+	if err := t.set("trace", ""); err != nil {
+		return err
+	}
+	return t.record("1")
+}
+
+// record starts, with "1", or ends the recording.
+func (t *trace) record(on string) error {
+	err := errors.Join(t.set(entryEvent, on), t.set(execEvent, on))
+	if t.busy {
+		err = errors.Join(err, t.set(switchEvent, on))
+	}
+	return err
 }
 
 // first waits until process pid enters a guest and ends the recording. It returns the time of the process's exec and all
 // events of the process from there to the entry.
 func (t *trace) first(pid int, patience time.Duration) (start time.Duration, events []event, err error) {
-	defer func() { err = errors.Join(err, t.set(entryEvent, "0"), t.set(execEvent, "0")) }()
+	defer func() { err = errors.Join(err, t.record("0")) }()
 	deadline := time.NewTimer(patience)
 	defer deadline.Stop()
 	execed := fmt.Sprintf(" pid=%d ", pid)
+	var idle, idleSince time.Duration
 	for {
 		select {
 		case e, ok := <-t.events:
+			if e.name == "sched_switch" {
+				if strings.Contains(e.text, "next_pid=0 ") {
+					idleSince = e.at
+				} else if idleSince != 0 {
+					idle, idleSince = idle+e.at-idleSince, 0
+				}
+				continue
+			}
+			e.at -= idle
 			switch {
 			case !ok:
 				return 0, nil, fmt.Errorf("the trace: %w", io.ErrUnexpectedEOF)

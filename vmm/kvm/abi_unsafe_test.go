@@ -61,6 +61,8 @@ func TestABI(t *testing.T) {
 	offset("kvm_run", "emulation_failure.flags", union+unsafe.Offsetof(internal.Flags))
 	offset("kvm_run", "emulation_failure.insn_size", union+unsafe.Offsetof(internal.InsnSize))
 	offset("kvm_run", "emulation_failure.insn_bytes", union+unsafe.Offsetof(internal.InsnBytes))
+	var data internalData
+	offset("kvm_run", "internal.data", union+unsafe.Offsetof(data.Data))
 	var event systemEventExit
 	offset("kvm_run", "system_event.type", union+unsafe.Offsetof(event.Type))
 	offset("kvm_run", "system_event.ndata", union+unsafe.Offsetof(event.NData))

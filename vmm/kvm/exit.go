@@ -99,13 +99,16 @@ func (v *VCPU) FailEntry() uint64 { return member[failEntryExit](v.run).Reason }
 // The kinds of internal error (linux/kvm.h).
 const (
 	InternalErrorEmulation = 1
+	InternalErrorDelivery  = 3 // an event's delivery needs an access that KVM would have to emulate
 )
 
 // InternalError describes an ExitInternalError. Insn holds the bytes of the instruction that KVM's emulator does not
-// know, where the kernel tells them.
+// know, where the kernel tells them; Data is what it tells of other errors. That of InternalErrorDelivery begins with the
+// event: SVM's EXITINTINFO or VMX's IDT-vectoring information.
 type InternalError struct {
 	SubError uint32
 	Insn     []byte
+	Data     []uint64
 }
 
 // InternalError returns the details of an ExitInternalError.
@@ -115,6 +118,10 @@ func (v *VCPU) InternalError() InternalError {
 	const flagInsnBytes = 1 << 0 // KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
 	if e.SubError == InternalErrorEmulation && e.NData >= 3 && e.Flags&flagInsnBytes != 0 {
 		ie.Insn = append(ie.Insn, e.InsnBytes[:min(int(e.InsnSize), len(e.InsnBytes))]...)
+	}
+	if e.SubError != InternalErrorEmulation {
+		d := member[internalData](v.run)
+		ie.Data = append(ie.Data, d.Data[:min(d.NData, uint32(len(d.Data)))]...)
 	}
 	return ie
 }

@@ -54,6 +54,13 @@ type internalExit struct {
 	InsnBytes [15]uint8 // 17
 }
 
+// internalData is the union's internal member with all its data.
+type internalData struct {
+	SubError uint32     // 0
+	NData    uint32     // 4
+	Data     [16]uint64 // 8
+}
+
 // systemEventExit is the union's system_event member.
 type systemEventExit struct {
 	Type  uint32 // 0
