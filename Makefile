@@ -15,6 +15,8 @@ PACKAGES     = $(eval PACKAGES := $$(shell PATH='$(PATH)' go list ./...))$(PACKA
 LAB          = $(filter $(addprefix $(MODULE)/,$(LAB_PACKAGES)),$(PACKAGES))
 RACE         = $(filter-out $(LAB),$(PACKAGES))
 TIMEOUT      ?= 15m
+# A package in the lab is tried up to three times (guest/lab/labtest), within this time.
+LAB_TIMEOUT  ?= 24m
 
 # How long each fuzz target runs in "make fuzz", and how long all of them together in "make test".
 FUZZTIME      ?= 1m
@@ -46,7 +48,7 @@ test: setup $(CACHE)/bin/testsum
 	@$(CACHE)/bin/testsum \
 		'go vet ./...' \
 		'go test -json -vet=off -race -timeout $(TIMEOUT) $(RACE)' \
-		$(if $(LAB),'go test -json -vet=off -p 1 -timeout $(TIMEOUT) $(LAB)') \
+		$(if $(LAB),'go test -json -vet=off -p 1 -timeout $(LAB_TIMEOUT) $(LAB)') \
 		'go run ./scripts/fuzz -time 3s -total $(TEST_FUZZTIME)'
 
 fuzz: setup $(CACHE)/bin/testsum

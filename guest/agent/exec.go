@@ -22,12 +22,12 @@ const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bi
 func lookPath(sp *spec) (string, error) {
 	root, err := unix.Open("/"+sp.root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return "", fmt.Errorf("root %s: %s", sp.root, err)
+		return "", fmt.Errorf("root %s: %v", sp.root, err) //nolint:errorlint // not %w: the command itself is not missing
 	}
 	defer unix.Close(root)
 	dir := "/" + sp.dir
 	if err := probe(root, dir, unix.S_IFDIR); err != nil {
-		return "", fmt.Errorf("working directory %s: %s", dir[1:], err) // not %w: the command itself is not missing
+		return "", fmt.Errorf("working directory %s: %v", dir[1:], err) //nolint:errorlint // as above
 	}
 	name := sp.args[0]
 	if strings.Contains(name, "/") {
@@ -95,10 +95,10 @@ func probe(root int, path string, kind uint32) error {
 
 // killSession kills every process of the session that pid leads.
 func killSession(pid int) {
-	syscall.Kill(-pid, syscall.SIGKILL)
+	_ = syscall.Kill(-pid, syscall.SIGKILL)
 	for _, p := range processes() {
 		if p.session == pid {
-			syscall.Kill(p.pid, syscall.SIGKILL)
+			_ = syscall.Kill(p.pid, syscall.SIGKILL)
 		}
 	}
 }

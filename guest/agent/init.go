@@ -49,9 +49,7 @@ func Main() {
 		logf("%v", err)
 	}
 	in.watchSignals()
-	if err := in.servePort(); err != nil {
-		logf("%v; a shell on the console instead", err)
-	}
+	logf("%v; a shell on the console instead", in.servePort())
 	if err := in.consoleShell(); err != nil {
 		logf("%v", err)
 	}
@@ -221,7 +219,7 @@ func (in *initSystem) greet(h *hello) {
 	now := time.Unix(0, h.clock)
 	if off := time.Until(now); off > clockSlack || off < -clockSlack {
 		tv := unix.NsecToTimeval(h.clock)
-		unix.Settimeofday(&tv) // without it only time stamps are off
+		_ = unix.Settimeofday(&tv) // without it only time stamps are off
 	}
 	random, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0)
 	if err != nil {
@@ -230,8 +228,8 @@ func (in *initSystem) greet(h *hello) {
 	defer random.Close()
 	const addToCount, reseed = 0x40045201, 0x5207 // RNDADDTOENTCNT, RNDRESEEDCRNG of linux/random.h
 	if _, err := random.Write(h.seed[:]); err == nil {
-		unix.IoctlSetPointerInt(int(random.Fd()), addToCount, 8*seedLen)
-		unix.IoctlSetInt(int(random.Fd()), reseed, 0)
+		_ = unix.IoctlSetPointerInt(int(random.Fd()), addToCount, 8*seedLen)
+		_ = unix.IoctlSetInt(int(random.Fd()), reseed, 0)
 	}
 }
 
@@ -292,7 +290,7 @@ func (in *initSystem) halt(reboot bool) {
 		default:
 		}
 		for _, sig := range sigs {
-			syscall.Kill(-1, sig)
+			_ = syscall.Kill(-1, sig)
 		}
 		in.reap() // there may be nobody at all
 		select {
@@ -324,7 +322,7 @@ func unmountAll() {
 		}
 		target := unescape.Replace(fields[1])
 		if unix.Unmount(target, 0) != nil {
-			unix.Mount("", target, "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+			_ = unix.Mount("", target, "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
 		}
 	}
 }
@@ -373,7 +371,7 @@ func (in *initSystem) servePort() error {
 			in.ready = bootClock()
 		}
 		for err = nil; err == nil; err = waitConnected(port) {
-			if err = serve(port, in); err != nil && err != io.EOF && !errors.Is(err, io.ErrUnexpectedEOF) {
+			if err = serve(port, in); !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 				break
 			}
 		}

@@ -70,7 +70,7 @@ func reaperRole() error {
 				failed <- fmt.Errorf("command %d: status %d", i, status.ExitStatus())
 			}
 			if _, _, err := in.start("/no/such/program", []string{"x"}, &syscall.ProcAttr{}); !errors.Is(err, os.ErrNotExist) {
-				failed <- fmt.Errorf("missing program: %v", err)
+				failed <- fmt.Errorf("missing program: %w", err)
 			}
 		})
 	}
@@ -112,7 +112,7 @@ func networkRole() error {
 	}
 	lo, err := net.InterfaceByName("lo")
 	if err != nil || lo.Flags&net.FlagUp == 0 {
-		return fmt.Errorf("lo is not up: %+v, %v", lo, err)
+		return errors.Join(fmt.Errorf("lo is not up: %+v", lo), err)
 	}
 	if err := setUpNetwork("10.1.2.3/24"); err == nil || !strings.Contains(err.Error(), "no network interface eth0") {
 		return fmt.Errorf("without eth0: %w", err)

@@ -44,7 +44,7 @@ func waitPort(name string, patience time.Duration) (string, error) {
 		}
 		poll := []unix.PollFd{{Fd: int32(events), Events: unix.POLLIN}}
 		if n, _ := unix.Poll(poll, int(left.Milliseconds())+1); n > 0 {
-			unix.Read(events, event)
+			_, _ = unix.Read(events, event)
 		}
 	}
 }

@@ -110,10 +110,10 @@ func (c *Client) Start(ctx context.Context, cmd Command) (*Process, error) {
 			return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], p.err)
 		}
 	case <-ctx.Done():
-		p.Signal(syscall.SIGKILL)
+		_ = p.Signal(syscall.SIGKILL)
 		for ch := stdout; ch < channels; ch++ {
 			p.in[ch].close(errClosed)
-			c.w.send(frameClose, ch, p.id, nil)
+			_ = c.w.send(frameClose, ch, p.id, nil)
 		}
 		return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], context.Cause(ctx))
 	}
@@ -136,7 +136,7 @@ func (p *Process) serve(ctx context.Context, cmd Command) {
 		}
 		p.pumps.Go(func() { failed[ch] = drain(p.client.w, ch, p.id, p.in[ch], w) })
 	}
-	stop := context.AfterFunc(ctx, func() { p.Signal(syscall.SIGKILL) })
+	stop := context.AfterFunc(ctx, func() { _ = p.Signal(syscall.SIGKILL) })
 	go func() {
 		<-p.exited
 		p.out.close(errClosed)

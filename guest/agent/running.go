@@ -179,7 +179,7 @@ func (r *running) serve() {
 			if r.tty == nil {
 				f.Close()
 			} else if err == nil {
-				f.Write([]byte{endOfFile})
+				_, _ = f.Write([]byte{endOfFile})
 			}
 		})
 	}
@@ -188,7 +188,7 @@ func (r *running) serve() {
 			src := &leftover{f: f}
 			outputs.Go(func() {
 				if !r.wired[c] {
-					io.Copy(io.Discard, src) // a terminal nobody listens to must not fill up
+					_, _ = io.Copy(io.Discard, src) // a terminal nobody listens to must not fill up
 				} else {
 					pump(w, c, r.id, src, r.out[c])
 				}
@@ -200,7 +200,7 @@ func (r *running) serve() {
 	}
 	status := r.wait()
 	r.in.close(errClosed)
-	w.send(frameClose, stdin, r.id, nil)
+	_ = w.send(frameClose, stdin, r.id, nil)
 	deadline := time.Now().Add(linger)
 	for c := stdout; c < channels; c++ {
 		if f := r.pipes[c]; f != nil {
@@ -213,7 +213,7 @@ func (r *running) serve() {
 	outputs.Wait()
 	input.Wait()
 	r.closePipes()
-	w.sendU32(frameExit, 0, r.id, exitWords(status)...)
+	_ = w.sendU32(frameExit, 0, r.id, exitWords(status)...)
 	r.session.forget(r.id)
 }
 
@@ -255,7 +255,7 @@ func (r *running) receive(f frame) error {
 		return nil
 	case f.typ == frameResize:
 		size := binary.LittleEndian.Uint32(f.payload)
-		r.resize(uint16(size>>16), uint16(size))
+		_ = r.resize(uint16(size>>16), uint16(size))
 		return nil
 	}
 	return fmt.Errorf("frame of type %d on channel %d from the host: %w", f.typ, f.channel, ErrProtocol)
@@ -270,14 +270,14 @@ func (r *running) signal(sig syscall.Signal) {
 	}
 	group := r.pid
 	if r.tty != nil {
-		r.control(func(fd int) error {
+		_ = r.control(func(fd int) error {
 			if fg, err := unix.IoctlGetInt(fd, unix.TIOCGPGRP); err == nil && fg > 0 {
 				group = fg
 			}
 			return nil
 		})
 	}
-	syscall.Kill(-group, sig)
+	_ = syscall.Kill(-group, sig)
 }
 
 // abort kills the command and everything in its session, and stops its streams.

@@ -168,30 +168,25 @@ func (c *credit) close(err error) {
 	c.cond.Broadcast()
 }
 
-// pump sends what src gives on a byte stream, within its credit, and its end. It returns src's error, the connection's,
-// or the one that closed the credit.
-func pump(w *writer, c channel, stream uint32, src io.Reader, cr *credit) error {
+// pump sends what src gives on a byte stream, within its credit, and its end. It returns when src, the connection or the
+// credit ends.
+func pump(w *writer, c channel, stream uint32, src io.Reader, cr *credit) {
 	b := make([]byte, headerLen+MaxPayload)
 	for {
 		n, err := cr.wait()
 		if err != nil {
-			return err
+			return
 		}
 		got, err := src.Read(b[headerLen:][:min(n, MaxPayload)])
 		if got > 0 {
 			cr.use(got)
 			if err := w.sendInPlace(frameData, c, stream, b[:headerLen+got]); err != nil {
-				return err
+				return
 			}
 		}
 		if err != nil {
-			if sendErr := w.send(frameData, c, stream, nil); sendErr != nil {
-				return sendErr
-			}
-			if err == io.EOF {
-				return nil
-			}
-			return err
+			_ = w.send(frameData, c, stream, nil) // if this fails, so does the session
+			return
 		}
 	}
 }

@@ -3,6 +3,7 @@ package guesttest
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -79,7 +80,8 @@ func (c *Cmd) Output() ([]byte, error) {
 		c.Stderr = &stderr
 	}
 	err := c.Run()
-	if e, ok := err.(*ExitError); ok {
+	var e *ExitError
+	if errors.As(err, &e) {
 		e.Stderr = stderr.Bytes()
 	}
 	return stdout.Bytes(), err

@@ -236,14 +236,14 @@ func forward(ctx context.Context, cancel context.CancelCauseFunc, cfg *Config, s
 		case p = <-started:
 			ending = false
 			if size != (Size{}) {
-				p.Resize(size.Rows, size.Columns)
+				_ = p.Resize(size.Rows, size.Columns)
 			}
 		case s, ok := <-resize:
 			switch {
 			case !ok:
 				resize = nil
 			case p != nil:
-				p.Resize(s.Rows, s.Columns)
+				_ = p.Resize(s.Rows, s.Columns)
 			default:
 				size = s
 			}
@@ -258,7 +258,7 @@ func forward(ctx context.Context, cancel context.CancelCauseFunc, cfg *Config, s
 				return
 			case p != nil:
 				ending = ending || final
-				p.Signal(number)
+				_ = p.Signal(number)
 			}
 		}
 	}

@@ -115,7 +115,7 @@ func launch(ctx context.Context, h *hardware, ram string, extra ...string) (*mac
 		err := cmd.Start()
 		started <- err
 		if err == nil {
-			cmd.Wait() // its sockets' end tells the same
+			_ = cmd.Wait() // its sockets' end tells the same
 			close(m.exited)
 		}
 	}()
@@ -125,11 +125,11 @@ func launch(ctx context.Context, h *hardware, ram string, extra ...string) (*mac
 		closeAll(ours[:])
 		return nil, fmt.Errorf("start %s: %w", h.qemu, err)
 	}
-	m.kill = func() { cmd.Process.Kill() }
+	m.kill = func() { _ = cmd.Process.Kill() }
 	defer context.AfterFunc(ctx, m.kill)()
 	m.reading.Go(func() {
 		defer ours[2].Close()
-		io.Copy(m.console, ours[2])
+		_, _ = io.Copy(m.console, ours[2])
 	})
 	if m.monitor, err = openMonitor(ours[0]); err != nil {
 		return nil, m.explain(cmp.Or(context.Cause(ctx), err))

@@ -221,7 +221,7 @@ func TestNoSuchQueue(t *testing.T) {
 		}
 	}
 	g.boot(0)
-	for off := uint64(0); off < pageSize; off++ {
+	for off := range uint64(pageSize) {
 		for _, n := range []int{1, 2, 4, 8} {
 			g.write(g.notify+off, n, 0xFFFF_FFFF)
 		}

@@ -312,7 +312,7 @@ func FuzzFunction(f *testing.F) {
 			kind, off, v := ops[0]%10, int(ops[1])|int(ops[2])<<8, ops[3]
 			ops = ops[4:]
 			p := bytes.Repeat([]byte{v}, widths[kind/2%4])
-			base := uint64(g.cfg(regBAR, 4))
+			base := g.cfg(regBAR, 4)
 			switch {
 			case kind == 8:
 				if off%2 == 0 {

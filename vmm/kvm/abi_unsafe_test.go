@@ -84,6 +84,15 @@ func TestABI(t *testing.T) {
 	var seg Segment
 	offset("kvm_segment", "selector", unsafe.Offsetof(seg.Selector))
 	offset("kvm_segment", "unusable", unsafe.Offsetof(seg.Unusable))
+	sizeOf("kvm_vcpu_events", size[Events]())
+	var events Events
+	offset("kvm_vcpu_events", "interrupt", unsafe.Offsetof(events.Interrupt))
+	offset("kvm_vcpu_events", "nmi", unsafe.Offsetof(events.NMI))
+	offset("kvm_vcpu_events", "sipi_vector", unsafe.Offsetof(events.SIPIVector))
+	offset("kvm_vcpu_events", "smi", unsafe.Offsetof(events.SMI))
+	offset("kvm_vcpu_events", "triple_fault", unsafe.Offsetof(events.TripleFault))
+	offset("kvm_vcpu_events", "exception_has_payload", unsafe.Offsetof(events.ExceptionHasPayload))
+	offset("kvm_vcpu_events", "exception_payload", unsafe.Offsetof(events.ExceptionPayload))
 	var fpu FPU
 	sizeOf("kvm_fpu", size[FPU]())
 	offset("kvm_fpu", "fcw", unsafe.Offsetof(fpu.FCW))
@@ -130,6 +139,7 @@ func TestABI(t *testing.T) {
 	checks["KVM_SET_REGS"] = iow[Regs](nrSetRegs)
 	checks["KVM_GET_SREGS"] = ior[SRegs](nrGetSRegs)
 	checks["KVM_SET_SREGS"] = iow[SRegs](nrSetSRegs)
+	checks["KVM_GET_VCPU_EVENTS"] = ior[Events](nrGetEvents)
 	checks["KVM_SET_FPU"] = iow[FPU](nrSetFPU)
 	checks["KVM_GET_LAPIC"] = ior[LAPIC](nrGetLAPIC)
 	checks["KVM_SET_LAPIC"] = iow[LAPIC](nrSetLAPIC)

@@ -103,8 +103,7 @@ const (
 )
 
 // InternalError describes an ExitInternalError. Insn holds the bytes of the instruction that KVM's emulator does not
-// know, where the kernel tells them; Data is what it tells of other errors. That of InternalErrorDelivery begins with the
-// event: SVM's EXITINTINFO or VMX's IDT-vectoring information.
+// know, where the kernel tells them; Data is what it tells of other errors.
 type InternalError struct {
 	SubError uint32
 	Insn     []byte

@@ -230,16 +230,19 @@ func (v *VCPU) systemEvent() error {
 	}
 }
 
-// eventValid is set in EXITINTINFO (AMD APM 2, 15.20) and in the IDT-vectoring information (Intel SDM 3C, 26.9.3) if an
-// event was being delivered at the exit.
-const eventValid = 1 << 31
-
 func (v *VCPU) internalError() error {
 	e := v.kvm.InternalError()
-	if e.SubError == kvm.InternalErrorDelivery && len(e.Data) > 0 && e.Data[0]&eventValid == 0 {
-		// KVM looks at the event's type alone (svm_check_emulate_instruction), which QEMU's SVM leaves behind after
-		// an event. Nothing was being delivered and the instruction not carried out: the guest may try it again.
-		return nil
+	if e.SubError == kvm.InternalErrorDelivery {
+		events, err := v.kvm.Events()
+		if err != nil {
+			return err
+		}
+		if !events.Injected() {
+			// No event is being delivered: KVM's check (svm_check_emulate_instruction) looks at the type in EXITINTINFO
+			// but not at its valid bit, and QEMU's SVM leaves the type of the last event there. The guest's access to
+			// device memory has not been carried out; at the next entry it is tried again, without what was left.
+			return nil
+		}
 	}
 	if e.SubError != kvm.InternalErrorEmulation {
 		return fmt.Errorf("vCPU %d: KVM internal error, suberror %d, data %#x", v.id, e.SubError, e.Data)

@@ -15,7 +15,7 @@ type Uint16 struct {
 // Uint16At returns the field in the first two bytes of b, which must lie at an even address.
 func Uint16At(b []byte) Uint16 {
 	p := unsafe.Pointer(&b[:2][0]) // a ring's bytes are mapped, and never move
-	odd := uintptr(p) & 2 // nonzero: the field is the word's upper half
+	odd := uintptr(p) & 2          // nonzero: the field is the word's upper half
 	return Uint16{
 		word:  (*uint32)(unsafe.Add(p, -int(odd))), // aligned to 4, so on the same page as the field
 		shift: uint(odd) * 8,
