@@ -16,7 +16,7 @@ LAB          = $(filter $(addprefix $(MODULE)/,$(LAB_PACKAGES)),$(PACKAGES))
 RACE         = $(filter-out $(LAB),$(PACKAGES))
 TIMEOUT      ?= 15m
 # A package in the lab is tried up to three times (guest/lab/labtest), within this time.
-LAB_TIMEOUT  ?= 24m
+LAB_TIMEOUT  ?= 40m
 
 # How long each fuzz target runs in "make fuzz", and how long all of them together in "make test".
 FUZZTIME      ?= 1m
