@@ -89,7 +89,8 @@ func runInLab() (code int, err error) {
 			cfg.Stdout = os.Stdout
 		}
 		status, err := lab.Run(context.Background(), cfg)
-		if attempt == attempts || errors.Is(err, lab.ErrInterrupted) || errors.Is(err, lab.ErrNoQEMU) {
+		stopped := status.Signal == syscall.SIGINT || status.Signal == syscall.SIGTERM // by us
+		if attempt == attempts || stopped || errors.Is(err, lab.ErrInterrupted) || errors.Is(err, lab.ErrNoQEMU) {
 			return status.Code, err
 		}
 		if err == nil && status.Code == 0 {
