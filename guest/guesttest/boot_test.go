@@ -13,28 +13,127 @@ import (
 	"github.com/kvmlet/kvmlet/guest/guesttest"
 	"github.com/kvmlet/kvmlet/guest/image"
 	"github.com/kvmlet/kvmlet/guest/linux"
+	"github.com/kvmlet/kvmlet/net"
+	"github.com/kvmlet/kvmlet/net/tap/taptest"
 	"github.com/kvmlet/kvmlet/vmm"
 	"github.com/kvmlet/kvmlet/vmm/vcpu"
 )
 
-// A small guest is up sooner.
-const smallMemory = 256 << 20
+// boots are guests that have something of their own, and the ways in which guests end, from either side.
+var boots = []struct {
+	name   string
+	config func(t *testing.T, c *guesttest.Config) // changes smallGuest's; may be nil
+	look   func(t *testing.T, g *guesttest.Guest)  // may be nil
+	end    func(t *testing.T, g *guesttest.Guest)  // makes it end
+	want   vmm.Outcome
+}{
+	{"power-off", nil, nil, powerOff, vmm.PowerOff},
+	{"stop during I/O", nil, startWriter, stop, vmm.Stopped},
+	{"panic", nil, nil, crashKernel, vmm.Panic},
+	{"reboot without ACPI", twoCPUsByMPTable, findsTwoCPUs, reboot, vmm.Reboot},
+	{"stop in a pause", nil, nil, stopPaused, vmm.Stopped},
+	{"ELF kernel on the baseline CPU", elfKernel, hasBaselineCPU, powerOff, vmm.PowerOff},
+	{"bzImage that unpacks itself", stubKernel, nil, stop, vmm.Stopped},
+	{"5 GiB", fiveGiB, usesFiveGiB, powerOff, vmm.PowerOff},
+	{"reboot", nil, nil, reboot, vmm.Reboot},
+	{"stop", nil, nil, stop, vmm.Stopped},
+}
 
-func expectEnd(t *testing.T, g *guesttest.Guest, want vmm.Outcome) {
-	t.Helper()
-	end, err := g.Wait()
+// TestBoots boots guests one after the other and ends them in all ways. What guesttest finds after each is what it can
+// tell from the test's own; here is also that they leave nothing at all behind in the process.
+func TestBoots(t *testing.T) {
+	list := boots
+	if testing.Short() {
+		list = list[:2]
+	}
+	var before used
+	for i, b := range list {
+		t.Run(b.name, func(t *testing.T) {
+			taptest.Namespace(t)
+			c := smallGuest(t)
+			if b.config != nil {
+				b.config(t, &c)
+			}
+			g := guesttest.Run(t, c)
+			if usage(t).large == 0 {
+				t.Error("the guest's memory is not among the mappings that are looked at")
+			}
+			if b.look != nil {
+				b.look(t, g)
+			}
+			b.end(t, g)
+			switch end, err := g.Wait(); {
+			case err != nil:
+				t.Fatal(err)
+			case end.Outcome != b.want || end.Err != nil:
+				t.Errorf("the guest ended by %v (%v), want %v", end.Outcome, end.Err, b.want)
+			}
+		})
+		if i == 0 {
+			before = usage(t) // with what packages make once and keep
+		}
+	}
+	checkUsage(t, before)
+}
+
+// smallGuest is up soon, and has one of each device.
+func smallGuest(t *testing.T) guesttest.Config {
+	disk := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	spec, err := net.ParseSpec("tap=vm0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if end.Outcome != want || end.Err != nil {
-		t.Errorf("the guest ended by %v (%v), want %v", end.Outcome, end.Err, want)
+	return guesttest.Config{
+		Memory: smallMemory, Bare: true, Disks: []vmm.Disk{{Path: disk}}, Nets: []vmm.Net{{Spec: spec}},
 	}
 }
 
-// TestMPTable boots without ACPI, so the kernel knows CPUs and interrupts from the MP table alone. It reboots at the end:
-// without ACPI it cannot power off.
-func TestMPTable(t *testing.T) {
-	g := guesttest.Run(t, guesttest.Config{CPUs: 2, Memory: smallMemory, Bare: true, Cmdline: "acpi=off"})
+const smallMemory = 256 << 20
+
+func powerOff(t *testing.T, g *guesttest.Guest) {
+	if err := g.Poweroff(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func reboot(t *testing.T, g *guesttest.Guest) {
+	if err := g.Agent().Reboot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func stop(_ *testing.T, g *guesttest.Guest) { g.VM().Stop() }
+
+func stopPaused(t *testing.T, g *guesttest.Guest) {
+	if err := g.VM().Pause(); err != nil {
+		t.Fatal(err)
+	}
+	g.VM().Stop()
+}
+
+func crashKernel(t *testing.T, g *guesttest.Guest) {
+	if err := g.Command("/init", helperArg, "crash").Run(); err == nil {
+		t.Error("the guest survived")
+	}
+	if !strings.Contains(g.Console(), "Kernel panic") {
+		t.Error("the console does not tell of the panic")
+	}
+}
+
+func startWriter(t *testing.T, g *guesttest.Guest) {
+	out, _ := lines(t, g.Command("/init", helperArg, "writer"))
+	if !out.Scan() {
+		t.Fatalf("the writer ended: %v", out.Err())
+	}
+}
+
+// twoCPUsByMPTable leaves the kernel nothing but the MP table to learn of CPUs and interrupts. It cannot power off then.
+func twoCPUsByMPTable(_ *testing.T, c *guesttest.Config) { c.CPUs, c.Cmdline = 2, "acpi=off" }
+
+func findsTwoCPUs(t *testing.T, g *guesttest.Guest) {
 	info, err := g.Agent().Info(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -42,31 +141,28 @@ func TestMPTable(t *testing.T) {
 	if info.CPUs != 2 {
 		t.Errorf("%d CPUs, want 2", info.CPUs)
 	}
-	// The agent answers, so a device on PCI works; here is how its interrupts come.
 	if got := helperOutput(t, g, "acpi"); got != "0 tables" {
 		t.Errorf("ACPI is not off: %s", got)
 	}
-	if err := g.Agent().Reboot(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	expectEnd(t, g, vmm.Reboot)
 }
 
-// TestELFKernel boots an uncompressed kernel on the baseline CPU.
-func TestELFKernel(t *testing.T) {
-	k, err := openPinned(t)
+func elfKernel(t *testing.T, c *guesttest.Config) {
+	k, err := linux.Open(pinnedKernel(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(t.TempDir(), "vmlinux")
-	f, err := os.Create(path)
+	defer k.Close()
+	c.Kernel, c.Template = filepath.Join(t.TempDir(), "vmlinux"), vcpu.Baseline
+	f, err := os.Create(c.Kernel)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := errors.Join(k.Unpack(f), f.Close()); err != nil {
 		t.Fatal(err)
 	}
-	g := guesttest.Run(t, guesttest.Config{Memory: smallMemory, Bare: true, Kernel: path, Template: vcpu.Baseline})
+}
+
+func hasBaselineCPU(t *testing.T, g *guesttest.Guest) {
 	flags := " " + helperOutput(t, g, "cpuflags") + " "
 	for flag, want := range map[string]bool{"sse2": true, "hypervisor": true, "svm": false, "vmx": false} {
 		if strings.Contains(flags, " "+flag+" ") != want {
@@ -75,39 +171,27 @@ func TestELFKernel(t *testing.T) {
 	}
 }
 
-// TestStubKernel boots a bzImage that only its own decompressor can unpack: its payload asks for a window that is larger
-// than what the host grants.
-func TestStubKernel(t *testing.T) {
-	path, err := image.Kernel(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := os.ReadFile(path)
+// stubKernel changes the pinned kernel so that only its own decompressor can unpack it: the payload asks for a window
+// that is larger than what the host grants.
+func stubKernel(t *testing.T, c *guesttest.Config) {
+	b, err := os.ReadFile(pinnedKernel(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := widen(b); err != nil {
 		t.Fatal(err)
 	}
-	path = filepath.Join(t.TempDir(), "vmlinuz")
-	if err := os.WriteFile(path, b, 0o600); err != nil {
+	c.Kernel = filepath.Join(t.TempDir(), "vmlinuz")
+	if err := os.WriteFile(c.Kernel, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	k, err := linux.Open(path)
+	k, err := linux.Open(c.Kernel)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer k.Close()
 	if err := k.Unpack(io.Discard); !errors.Is(err, linux.ErrUnsupported) {
 		t.Fatalf("the host unpacks the kernel, or fails in another way: %v", err)
-	}
-	g := guesttest.Run(t, guesttest.Config{Memory: smallMemory, Bare: true, Kernel: path})
-	info, err := g.Agent().Info(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !strings.HasPrefix(info.Kernel, "Linux ") {
-		t.Errorf("kernel %q", info.Kernel)
 	}
 }
 
@@ -124,16 +208,13 @@ func widen(bz []byte) error {
 	return nil
 }
 
-func openPinned(t *testing.T) (*linux.Kernel, error) {
+func pinnedKernel(t *testing.T) string {
+	t.Helper()
 	path, err := image.Kernel(t.Context())
 	if err != nil {
-		return nil, err
+		t.Fatal(err)
 	}
-	k, err := linux.Open(path)
-	if err == nil {
-		t.Cleanup(func() { k.Close() })
-	}
-	return k, err
+	return path
 }
 
 // helperOutput runs a helper in a guest and returns what it says.

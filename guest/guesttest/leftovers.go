@@ -2,7 +2,6 @@ package guesttest
 
 import (
 	"bufio"
-	"bytes"
 	"fmt"
 	"maps"
 	"os"
@@ -14,7 +13,7 @@ import (
 	"time"
 )
 
-// holdings counts what this process holds of the kinds that a VM needs: goroutines by who started them, descriptors and
+// holdings counts what this process holds of the kinds that a VM needs: goroutines by what they run, descriptors and
 // mappings by what they are of. What a test itself opens, such as files and sockets, is not in it.
 type holdings map[string]int
 
@@ -80,12 +79,9 @@ func count() holdings {
 	return h
 }
 
-const (
-	module = "github.com/kvmlet/kvmlet/"
-	here   = module + "guest/guesttest"
-)
+const module = "github.com/kvmlet/kvmlet/"
 
-// countGoroutines counts those that kvmlet's packages started, this one and tests excepted.
+// countGoroutines counts those that run kvmlet's code, by the outermost function of that, apart from tests themselves.
 func (h holdings) countGoroutines() {
 	buf := make([]byte, 64<<10)
 	n := runtime.Stack(buf, true)
@@ -93,11 +89,18 @@ func (h holdings) countGoroutines() {
 		buf = make([]byte, 2*len(buf))
 		n = runtime.Stack(buf, true)
 	}
-	for stack := range bytes.SplitSeq(buf[:n], []byte("\n\n")) {
-		_, creator, _ := bytes.Cut(stack, []byte("\ncreated by "))
-		name, _, _ := strings.Cut(string(creator), " in goroutine")
-		if strings.HasPrefix(name, module) && !strings.HasPrefix(name, here) && !strings.Contains(name, ".Test") {
-			h["goroutines of "+name]++
+	for stack := range strings.SplitSeq(string(buf[:n]), "\n\n") {
+		if strings.Contains(stack, "\ntesting.tRunner(") || strings.Contains(stack, "\ntesting.(*M).Run(") {
+			continue
+		}
+		outermost := ""
+		for line := range strings.Lines(stack) {
+			if name, ok := strings.CutPrefix(line, module); ok {
+				outermost = name[:strings.LastIndex(name, "(")] // without arguments
+			}
+		}
+		if outermost != "" {
+			h["goroutines of "+outermost]++
 		}
 	}
 }
