@@ -96,6 +96,17 @@ func (i *Image) addInitrd(path string) error {
 	return nil
 }
 
+// addStored adds a file of the store, which nobody writes to any more.
+func (i *Image) addStored(path string) error {
+	f, size, err := openRegular(path)
+	if err != nil {
+		return fmt.Errorf("guest image: %w", err)
+	}
+	i.files = append(i.files, f)
+	i.Initrd = append(i.Initrd, linux.NewStableFile(f, size))
+	return nil
+}
+
 // addPinned opens the pinned kernel and its unpacked form, which is kept: reading it takes a tenth of unpacking it.
 func (i *Image) addPinned(ctx context.Context, o *ImageOptions) error {
 	path, err := o.Store.Kernel(ctx)
@@ -123,7 +134,7 @@ func (i *Image) addPinned(ctx context.Context, o *ImageOptions) error {
 		return fmt.Errorf("unpacked kernel: %w", err)
 	}
 	i.files = append(i.files, f)
-	return i.Kernel.SetUnpacked(f, size)
+	return i.Kernel.SetUnpacked(linux.NewStableFile(f, size), size)
 }
 
 // addAgent completes the initrd: the guest image unless there is another, and the agent as its init, which comes last
@@ -134,7 +145,7 @@ func (i *Image) addAgent(ctx context.Context, o *ImageOptions) error {
 		if err != nil {
 			return err
 		}
-		if err := i.addInitrd(path); err != nil {
+		if err := i.addStored(path); err != nil {
 			return err
 		}
 	}
@@ -149,7 +160,7 @@ func (i *Image) addAgent(ctx context.Context, o *ImageOptions) error {
 	if err != nil {
 		return err
 	}
-	return i.addInitrd(path)
+	return i.addStored(path)
 }
 
 func openRegular(path string) (*os.File, int64, error) {

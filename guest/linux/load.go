@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 
 	"github.com/kvmlet/kvmlet/guest/memory"
@@ -36,6 +37,20 @@ type Blob interface {
 	Size() int64
 }
 
+// StableFile is a Blob, or an unpacked kernel, whose bytes stay as they are while any guest lives that was loaded from
+// it: a file of a store where files are never written again, not just any file of a user's. Load does not copy its pages
+// but maps them (memory.Memory.MapFile), which takes no time, and guests share what they do not change.
+type StableFile struct {
+	*os.File
+	size int64
+}
+
+// NewStableFile returns f, which has size bytes, as a StableFile. It may be closed after the last Load.
+func NewStableFile(f *os.File, size int64) *StableFile { return &StableFile{f, size} }
+
+// Size implements Blob.
+func (f *StableFile) Size() int64 { return f.size }
+
 // Range is a range of guest-physical addresses.
 type Range struct {
 	Addr, Size uint64
@@ -46,7 +61,7 @@ type Options struct {
 	// Cmdline is the kernel command line. Every kernel has a limit, for most 2047 bytes.
 	Cmdline string
 	// Initrd is what the initial RAM disk consists of: cpio archives, compressed or not, one behind the other. Each
-	// begins at a multiple of 4 bytes, as the kernel wants it (buffer-format.rst).
+	// begins on a page, with zeroes before it, where the kernel wants a multiple of 4 bytes (buffer-format.rst).
 	Initrd []Blob
 	// RSDP is the guest-physical address of ACPI's root pointer. With 0 the kernel searches the ROM area for it.
 	RSDP uint64
@@ -243,7 +258,7 @@ func (l *loader) placeInitrd() error {
 		if n < 0 || n > memory.MaxSize {
 			return fmt.Errorf("%w: a part of %d bytes", ErrInitrdTooLarge, n)
 		}
-		size = align(size, 4) + uint64(n)
+		size = align(size, memory.PageSize) + uint64(n)
 		if size > memory.MaxSize {
 			return fmt.Errorf("%w: %d bytes", ErrInitrdTooLarge, size)
 		}
@@ -280,15 +295,17 @@ func placeBelow(bottom, top, size uint64) (uint64, bool) {
 
 func align(n, to uint64) uint64 { return (n + to - 1) &^ (to - 1) }
 
-// read copies the kernel and the initrd into memory, files by several goroutines at once.
+// read brings the kernel and the initrd into memory: it maps the pages of stable files and copies the rest, by several
+// goroutines at once.
 func (l *loader) read(src *source) error {
-	var files []transfer
+	var (
+		files []transfer
+		err   error
+	)
 	for _, s := range src.program.segments {
-		dst, err := l.mem.Bytes(s.addr, s.filesz)
-		if err != nil {
-			return fmt.Errorf("%w: %w", ErrKernelTooLarge, err)
+		if files, err = l.add(files, "kernel", src.file, s.off, s.addr, s.filesz); err != nil {
+			return err
 		}
-		files = append(files, transfer{"kernel", src.file, s.off, dst})
 	}
 	if src.stream != nil {
 		if err := readSequentially(src.stream, files); err != nil {
@@ -298,16 +315,34 @@ func (l *loader) read(src *source) error {
 	}
 	at := l.initrd.Addr
 	for _, b := range l.o.Initrd {
-		at = align(at, 4)
+		at = align(at, memory.PageSize)
 		n := uint64(b.Size())
-		dst, err := l.mem.Bytes(at, n)
-		if err != nil { // the size has changed under us
-			return fmt.Errorf("%w: %w", ErrInitrdTooLarge, err)
+		if files, err = l.add(files, "initrd", b, 0, at, n); err != nil {
+			return err
 		}
-		files = append(files, transfer{"initrd", b, 0, dst})
 		at += n
 	}
 	return readAll(files)
+}
+
+// add maps what it can of src's n bytes from off on to addr, and appends to files what is left to be copied.
+func (l *loader) add(files []transfer, what string, src io.ReaderAt, off int64, addr, n uint64) ([]transfer, error) {
+	if f, ok := src.(*StableFile); ok && (uint64(off)|addr)%memory.PageSize == 0 {
+		if whole := n &^ (memory.PageSize - 1); whole > 0 {
+			if err := l.mem.MapFile(addr, whole, f.File, off); err != nil {
+				return files, fmt.Errorf("%s: %w", what, err)
+			}
+			off, addr, n = off+int64(whole), addr+whole, n-whole
+		}
+	}
+	if n == 0 {
+		return files, nil
+	}
+	dst, err := l.mem.Bytes(addr, n)
+	if err != nil { // there was room: the file has grown
+		return files, fmt.Errorf("%s: %w", what, err)
+	}
+	return append(files, transfer{what, src, off, dst}), nil
 }
 
 // finish writes what the first instructions read.

@@ -88,9 +88,9 @@ func TestLoadBootParams(t *testing.T) {
 	if p.ACPIRSDPAddr != 0xe0010 {
 		t.Errorf("RSDP at %#x", p.ACPIRSDPAddr)
 	}
-	// Parts begin at multiples of 4, and the whole ends within a page of the top.
-	const initrd = "070701 one\x00\x00070701 twoo\x00x"
-	if h.RamdiskSize != uint32(len(initrd)) || h.RamdiskImage != 512<<20-4096 || p.ExtRamdiskImage|p.ExtRamdiskSize != 0 {
+	// Parts begin on pages, and the whole ends within a page of the top.
+	initrd := "070701 one" + strings.Repeat("\x00", 4096-10) + "070701 twoo" + strings.Repeat("\x00", 4096-11) + "x"
+	if h.RamdiskSize != uint32(len(initrd)) || h.RamdiskImage != 512<<20-3*4096 || p.ExtRamdiskImage|p.ExtRamdiskSize != 0 {
 		t.Errorf("initrd of %d bytes at %#x", h.RamdiskSize, h.RamdiskImage)
 	}
 	if got := bytesAt(t, mem, uint64(h.RamdiskImage), len(initrd)); string(got) != initrd {

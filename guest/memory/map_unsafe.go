@@ -24,3 +24,10 @@ func reserve(size int) (mapping, host []byte, err error) {
 	_ = unix.Madvise(mapping, unix.MADV_HUGEPAGE)
 	return mapping, mapping[head : head+size : head+size], nil
 }
+
+// mapFile puts private pages of the file fd in the place of the pages of b.
+func mapFile(b []byte, fd int, off int64) error {
+	at := unsafe.Pointer(unsafe.SliceData(b)) // pages of our own mapping, which the new ones stay a part of
+	_, err := unix.MmapPtr(fd, off, at, uintptr(len(b)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_FIXED)
+	return err
+}

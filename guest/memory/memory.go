@@ -15,6 +15,8 @@ package memory
 import (
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"sync"
 	"sync/atomic"
 
@@ -123,6 +125,34 @@ func (m *Memory) AppendVec(dst iov.Vec, addr, n uint64) (iov.Vec, error) {
 		return dst, err
 	}
 	return dst.Append(b), nil
+}
+
+// MapFile lets the n bytes of RAM at addr be those of f from offset off on. All three are multiples of PageSize, and the
+// range is as Bytes wants it. A page costs nothing until somebody reads it, belongs to the host's page cache until
+// somebody writes to it, and is this guest's own from then on: f stays as it is and may be closed after the call. What
+// the range held is lost, and nobody may use it during the call.
+//
+// f must not become shorter while the Memory lives: who touches a page beyond its end gets SIGBUS.
+func (m *Memory) MapFile(addr, n uint64, f *os.File, off int64) error {
+	b, err := m.Bytes(addr, n)
+	if err != nil {
+		return err
+	}
+	if (addr|n|uint64(off))%PageSize != 0 || n == 0 || off < 0 {
+		return fmt.Errorf("%w: map %d bytes of a file from %d on at %#x: want pages", ErrSize, n, off, addr)
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("map a file into guest memory: %w", err)
+	}
+	if off > st.Size() || n > uint64(st.Size()-off) {
+		return fmt.Errorf("map %s into guest memory: %w: it has %d bytes, %d are wanted from %d on", f.Name(),
+			io.ErrUnexpectedEOF, st.Size(), n, off)
+	}
+	if err := mapFile(b, int(f.Fd()), off); err != nil {
+		return fmt.Errorf("map %s into guest memory: %w", f.Name(), err)
+	}
+	return nil
 }
 
 // ReadAt copies the RAM at guest-physical address off to p: all of it, or nothing and an error that wraps ErrUnmapped.
