@@ -74,7 +74,7 @@ func newKeep(ctx context.Context, cfg *Config) (*keep, error) {
 			return nil, err
 		}
 	}
-	parts := []string{"lab/1", agent.Fingerprint(), kernelCommandLine}
+	parts := []string{"lab/1", agent.Fingerprint(), k.hw.commandLine()}
 	for _, file := range []string{qemu, k.kernel} {
 		key, err := image.StatKey(file)
 		if err != nil {
@@ -175,7 +175,7 @@ func (k *keep) build(ctx context.Context, dir string) (err error) {
 	ctx, cancel := limit(ctx)
 	defer cancel()
 	ram := "memory-backend-file,share=on,mem-path=" + escape(filepath.Join(dir, ramFile))
-	m, err := launch(ctx, &k.hw, ram, "-kernel", k.kernel, "-initrd", initramfs, "-append", kernelCommandLine)
+	m, err := launch(ctx, &k.hw, ram, "-kernel", k.kernel, "-initrd", initramfs, "-append", k.hw.commandLine())
 	if err != nil {
 		return err
 	}

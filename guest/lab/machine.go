@@ -30,6 +30,12 @@ const (
 
 	// kernelCommandLine: the emulated TSC needs no watching, and a panic ends the machine.
 	kernelCommandLine = "console=ttyS0 quiet tsc=reliable panic=-1 mitigations=off kvmlet.hostname=lab " + marker
+
+	// icountCommandLine lets every timer of the lab expire with its tick. Where the clock counts instructions, a timer
+	// that expires between the injection of an interrupt into a nested guest and the guest's next exit makes QEMU inject
+	// it again, while the guest's interrupts are off: it waits for its own spinlock for ever. A guest's timers expire
+	// with the lab's tick then, so what they make KVM inject is over long before the next.
+	icountCommandLine = " highres=off nohz=off"
 )
 
 // hardware is what makes up a lab; saved states are good for the same only.
@@ -38,6 +44,14 @@ type hardware struct {
 	memory int64
 	cpus   int
 	icount bool
+}
+
+// commandLine returns the kernel's.
+func (h *hardware) commandLine() string {
+	if h.icount {
+		return kernelCommandLine + icountCommandLine
+	}
+	return kernelCommandLine
 }
 
 // arguments returns QEMU's, for a machine whose RAM is the given backend. The descriptors are those of our sockets.

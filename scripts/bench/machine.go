@@ -193,6 +193,7 @@ func (m *machine) round(ctx context.Context, t *trace, o *options, boot bool) (s
 			answered <- err
 		}()
 	}
+	defer func() { err = errors.Join(err, t.end()) }()
 	pid := p.cmd.Process.Pid
 	start, events, err := t.first(pid, startPatience)
 	if err != nil {
@@ -204,6 +205,9 @@ func (m *machine) round(ctx context.Context, t *trace, o *options, boot bool) (s
 		return s, nil
 	}
 	if err := <-answered; err != nil {
+		return s, err
+	}
+	if answeredAt, err = t.without(answeredAt, startPatience); err != nil {
 		return s, err
 	}
 	s.Answer = answeredAt - start

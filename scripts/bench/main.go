@@ -18,11 +18,10 @@
 //   - the VMM's own memory at that moment: the process is stopped, and the Rss of all its mappings in smaps summed up,
 //     but for the guest's RAM.
 //
-// The first is also given in instructions: the sum of what the VMM and the kernel with its KVM executed. They are
-// counted in a lab (see `kvmlet lab`) whose clock is its instruction counter, so the load of the machine does not change
-// them; the time in which its one CPU was idle is taken off. Where KVM is hardware and tracefs may be used the times are
-// this host's; elsewhere, or with -lab, they come from an ordinary lab. Boots are not counted: in a lab whose clock
-// counts, QEMU 10.0 lets no nested guest get through its kernel's start; it ends up waiting for a spinlock for ever.
+// The first two are also given in instructions: the sum of what the VMM, the kernel with its KVM and the guest executed.
+// They are counted in a lab (see `kvmlet lab`) whose clock is its instruction counter, so the load of the machine does
+// not change them; the time in which its one CPU was idle is taken off. Where KVM is hardware and tracefs may be used the
+// times are this host's; elsewhere, or with -lab, they come from an ordinary lab.
 //
 // -phases also shows where kvmlet's time goes until the first guest instruction, by uprobes on its functions.
 package main
@@ -116,7 +115,7 @@ func orchestrate(ctx context.Context, o *options) error {
 		return err
 	}
 	o.cmdline = timed.Cmdline
-	few := rounds{starts: min(o.starts, 5), phases: o.phases} // counts hardly vary
+	few := rounds{starts: min(o.starts, 5), boots: min(o.boots, 3), phases: o.phases} // counts hardly vary
 	counted, err := inLab(ctx, o, dir, few, true)
 	if err != nil {
 		return err

@@ -148,6 +148,7 @@ func report(w io.Writer, o *options, where string, timed, counted *findings) err
 		{"exec to first guest instruction, time", timed, entry, milliseconds, "0.33"},
 		{"exec to first guest instruction, instructions", counted, entry, millions, "0.33"},
 		{"exec to the agent's answer, time", timed, answer, milliseconds, "1.00"},
+		{"exec to the agent's answer, instructions", counted, answer, millions, "1.00"},
 		{"the VMM's own memory, resident", timed, total, mebibytes, "0.33"},
 		{"of it not backed by files", timed, anon, mebibytes, ""},
 	} {

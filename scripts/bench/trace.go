@@ -31,6 +31,8 @@ type trace struct {
 	busy   bool // times leave out when the machine's one CPU is idle
 	pipe   *os.File
 	events chan event
+
+	idle, idleSince time.Duration // since begin; when it became idle, or 0 while it is not
 }
 
 // event is a line of the trace.
@@ -104,61 +106,88 @@ func (t *trace) read() {
 	}
 }
 
-// begin records programs' starts and the entries into guests, after it has forgotten what came before.
+// begin records programs' starts, the entries into guests and, where times leave it out, when the CPU has nothing to do,
+// after it has forgotten what came before.
 func (t *trace) begin() error {
 	for len(t.events) > 0 {
 		<-t.events
 	}
-	if err := t.set("trace", ""); err != nil {
-		return err
-	}
-	return t.record("1")
-}
-
-// record starts, with "1", or ends the recording.
-func (t *trace) record(on string) error {
-	err := errors.Join(t.set(entryEvent, on), t.set(execEvent, on))
+	t.idle, t.idleSince = 0, 0
+	err := errors.Join(t.set("trace", ""), t.set(entryEvent, "1"), t.set(execEvent, "1"))
 	if t.busy {
-		err = errors.Join(err, t.set(switchEvent, on))
+		err = errors.Join(err, t.set(switchEvent, "1"))
 	}
 	return err
 }
 
-// first waits until process pid enters a guest and ends the recording. It returns the time of the process's exec and all
-// events of the process from there to the entry.
+// end ends the recording.
+func (t *trace) end() error {
+	return errors.Join(t.set(entryEvent, "0"), t.set(execEvent, "0"), t.set(switchEvent, "0"))
+}
+
+// next returns the next event, with the time that its CPU had something to do where the trace is one of such times.
+func (t *trace) next(deadline *time.Timer) (event, error) {
+	select {
+	case e, ok := <-t.events:
+		if !ok {
+			return e, fmt.Errorf("the trace: %w", io.ErrUnexpectedEOF)
+		}
+		if e.name == "sched_switch" {
+			if strings.Contains(e.text, "next_pid=0 ") {
+				t.idleSince = e.at
+			} else if t.idleSince != 0 {
+				t.idle, t.idleSince = t.idle+e.at-t.idleSince, 0
+			}
+		}
+		return e, nil
+	case <-deadline.C:
+		return event{}, os.ErrDeadlineExceeded
+	}
+}
+
+// first waits until process pid enters a guest and records no more entries then. It returns the time of the process's
+// exec and all events of the process from there to the entry.
 func (t *trace) first(pid int, patience time.Duration) (start time.Duration, events []event, err error) {
-	defer func() { err = errors.Join(err, t.record("0")) }()
+	defer func() { err = errors.Join(err, t.set(entryEvent, "0"), t.set(execEvent, "0")) }()
 	deadline := time.NewTimer(patience)
 	defer deadline.Stop()
 	execed := fmt.Sprintf(" pid=%d ", pid)
-	var idle, idleSince time.Duration
 	for {
-		select {
-		case e, ok := <-t.events:
-			if e.name == "sched_switch" {
-				if strings.Contains(e.text, "next_pid=0 ") {
-					idleSince = e.at
-				} else if idleSince != 0 {
-					idle, idleSince = idle+e.at-idleSince, 0
-				}
-				continue
+		e, err := t.next(deadline)
+		if err != nil {
+			return 0, nil, fmt.Errorf("wait %v for process %d to enter a guest: %w", patience, pid, err)
+		}
+		e.at -= t.idle
+		switch {
+		case e.name == "sched_process_exec":
+			if strings.Contains(e.text, execed) {
+				start = e.at
 			}
-			e.at -= idle
-			switch {
-			case !ok:
-				return 0, nil, fmt.Errorf("the trace: %w", io.ErrUnexpectedEOF)
-			case e.name == "sched_process_exec":
-				if strings.Contains(e.text, execed) {
-					start = e.at
-				}
-			case start != 0 && isThread(pid, e.tid):
-				events = append(events, e)
-				if e.name == "kvm_entry" {
-					return start, events, nil
-				}
+		case start != 0 && e.name != "sched_switch" && isThread(pid, e.tid):
+			events = append(events, e)
+			if e.name == "kvm_entry" {
+				return start, events, nil
 			}
-		case <-deadline.C:
-			return 0, nil, fmt.Errorf("process %d entered no guest within %v", pid, patience)
+		}
+	}
+}
+
+// without takes from a moment later than the last event the time in which the CPU had nothing to do before. The CPU must
+// become idle afterwards.
+func (t *trace) without(at, patience time.Duration) (time.Duration, error) {
+	if !t.busy {
+		return at, nil
+	}
+	deadline := time.NewTimer(patience)
+	defer deadline.Stop()
+	for {
+		idle := t.idle
+		e, err := t.next(deadline)
+		if err != nil {
+			return 0, fmt.Errorf("wait %v for an idle CPU: %w", patience, err)
+		}
+		if e.at >= at {
+			return at - idle, nil
 		}
 	}
 }
