@@ -25,6 +25,7 @@ import (
 	"github.com/kvmlet/kvmlet/guest/agent"
 	"github.com/kvmlet/kvmlet/guest/image"
 	"github.com/kvmlet/kvmlet/guest/lab/labtest"
+	"github.com/kvmlet/kvmlet/guest/tail"
 	"github.com/kvmlet/kvmlet/vmm"
 	"github.com/kvmlet/kvmlet/vmm/vcpu"
 )
@@ -79,14 +80,16 @@ type Config struct {
 const (
 	defaultMemory = 512 << 20
 
-	// cmdline lets the VMM tell a panic from a reboot: see vmm.Panic.
-	cmdline = "console=ttyS0 panic=-1 reboot=panic_warm quiet"
+	cmdline = vmm.BaseCmdline + " quiet"
 
 	// reserve is the time before a test's deadline that is kept for its end.
 	reserve = 10 * time.Second
 
 	powerOffGrace = 20 * time.Second
-	consoleLines  = 40
+
+	// Of a guest's console consoleSize bytes are kept, and the last consoleLines lines logged if the test fails.
+	consoleSize  = 64 << 10
+	consoleLines = 40
 )
 
 // Guest is a VM whose agent answers. Its methods may be called from any goroutine.
@@ -96,7 +99,7 @@ type Guest struct {
 	image   *vmm.Image
 	vm      *vmm.VM
 	agent   *agent.Client
-	console console
+	console *tail.Buffer
 	waited  bool // the test knows how the VM ended
 }
 
@@ -107,7 +110,7 @@ type Guest struct {
 // The guest and its commands end when the test does, or when that runs out of time.
 func Run(tb testing.TB, cfg Config) *Guest {
 	tb.Helper()
-	g := &Guest{tb: tb}
+	g := &Guest{tb: tb, console: tail.New(consoleSize)}
 	var cancel context.CancelFunc
 	g.ctx, cancel = bound(tb)
 	tb.Cleanup(cancel)
@@ -139,7 +142,7 @@ func (g *Guest) boot(cfg *Config) (err error) {
 	c := vmm.Config{
 		CPUs: max(cfg.CPUs, 1), Memory: cfg.Memory, Template: cfg.Template,
 		Kernel: g.image.Kernel, Initrd: g.image.Initrd, Cmdline: strings.TrimSpace(cmdline + " " + cfg.Cmdline),
-		Disks: cfg.Disks, Nets: cfg.Nets, Console: &g.console, AgentPort: true,
+		Disks: cfg.Disks, Nets: cfg.Nets, Console: g.console, AgentPort: true,
 	}
 	if c.Memory == 0 {
 		c.Memory = defaultMemory
@@ -150,13 +153,7 @@ func (g *Guest) boot(cfg *Config) (err error) {
 	if err := g.vm.Start(); err != nil {
 		return err
 	}
-	// With the machine gone nothing comes through its port any more, and all who wait for it have to learn that.
-	port := g.vm.AgentPort()
-	go func() {
-		<-g.vm.Ended()
-		_ = port.Close()
-	}()
-	if g.agent, err = agent.Connect(g.ctx, port); err == nil {
+	if g.agent, err = agent.Connect(g.ctx, g.vm.AgentPort()); err == nil {
 		return nil
 	}
 	select {
@@ -241,7 +238,7 @@ func (g *Guest) close() {
 				g.tb.Error(err)
 			}
 		}
-		_ = g.agent.Close() // the VM is gone, so the port may be too
+		_ = g.agent.Close() // whose port cannot fail to close
 	}
 	if g.vm != nil {
 		if err := g.vm.Close(); err != nil {
@@ -251,7 +248,7 @@ func (g *Guest) close() {
 	if g.image != nil {
 		_ = g.image.Close() // read-only
 	}
-	if text := g.console.last(consoleLines); g.tb.Failed() && text != "" {
-		g.tb.Logf("the guest's console ended with\n%s", text)
+	if lines := g.console.Lines(consoleLines); g.tb.Failed() && len(lines) > 0 {
+		g.tb.Logf("the guest's console ended with\n%s", strings.Join(lines, "\n"))
 	}
 }

@@ -60,7 +60,7 @@ Exit status, beside the command's own:
   120  the guest rebooted        121  triple fault          122  guest kernel panic
   123  the VM was stopped        124  --timeout ran out     125  kvmlet itself failed
   126  command not executable    127  command not found
-A guest that powers itself off ends with 0.`
+A guest that powers itself off ends with 0, or with 125 if no command could run in it yet.`
 
 const runExample = `  kvmlet run
   kvmlet run -- sh -c 'uname -a; nproc'
