@@ -19,11 +19,13 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/kvmlet/kvmlet/guest/agent"
 	"github.com/kvmlet/kvmlet/guest/image"
+	"github.com/kvmlet/kvmlet/guest/lab"
 	"github.com/kvmlet/kvmlet/guest/lab/labtest"
 	"github.com/kvmlet/kvmlet/guest/tail"
 	"github.com/kvmlet/kvmlet/vmm"
@@ -100,7 +102,8 @@ type Guest struct {
 	vm      *vmm.VM
 	agent   *agent.Client
 	console *tail.Buffer
-	waited  bool // the test knows how the VM ended
+	waited  bool        // the test knows how the VM ended
+	late    atomic.Bool // it did not power off in time
 }
 
 // Run boots a guest and returns when its agent answers. At the end of the test the guest is powered off and closed; the
@@ -125,11 +128,14 @@ func Run(tb testing.TB, cfg Config) *Guest {
 	return g
 }
 
+// errTime is the cause of a guest's end by its test's deadline.
+var errTime = errors.New("the test's time is over")
+
 // bound returns the test's context with its deadline, if it has one.
 func bound(tb testing.TB) (context.Context, context.CancelFunc) {
 	if t, ok := tb.(interface{ Deadline() (time.Time, bool) }); ok {
 		if d, ok := t.Deadline(); ok {
-			return context.WithDeadlineCause(tb.Context(), d.Add(-reserve), errors.New("the test's time is over"))
+			return context.WithDeadlineCause(tb.Context(), d.Add(-reserve), errTime)
 		}
 	}
 	return context.WithCancel(tb.Context())
@@ -204,10 +210,12 @@ func (g *Guest) Poweroff() error {
 		fmt.Errorf("the guest did not power off in %v", powerOffGrace))
 	defer cancel()
 	if err := g.agent.Poweroff(ctx); err != nil {
+		g.late.Store(ctx.Err() != nil)
 		return err
 	}
 	end, err := g.vm.Wait(ctx)
 	if err != nil {
+		g.late.Store(true)
 		return context.Cause(ctx)
 	}
 	g.waited = true
@@ -234,10 +242,18 @@ func (g *Guest) close() {
 				g.tb.Error(endError(end))
 			}
 		default:
+			if g.outOfTime() { // none is left to wait for it once more
+				break
+			}
 			if err := g.Poweroff(); err != nil {
 				g.tb.Error(err)
 			}
 		}
+	}
+	if g.vm != nil && g.outOfTime() {
+		g.logCPUs()
+	}
+	if g.agent != nil {
 		_ = g.agent.Close() // whose port cannot fail to close
 	}
 	if g.vm != nil {
@@ -250,5 +266,29 @@ func (g *Guest) close() {
 	}
 	if lines := g.console.Lines(consoleLines); g.tb.Failed() && len(lines) > 0 {
 		g.tb.Logf("the guest's console ended with\n%s", strings.Join(lines, "\n"))
+	}
+}
+
+// outOfTime reports whether the test failed with a guest that did not do in time what it was asked.
+func (g *Guest) outOfTime() bool {
+	return g.tb.Failed() && (g.late.Load() || context.Cause(g.ctx) == errTime)
+}
+
+// logCPUs tells where the CPUs of a guest stand that may hang, if it has not ended.
+func (g *Guest) logCPUs() {
+	g.tb.Helper()
+	traces, err := g.vm.Trace(context.Background())
+	if err != nil {
+		return // it ended
+	}
+	var text strings.Builder
+	hung := false
+	for _, t := range traces {
+		fmt.Fprintf(&text, "\n\t%v", &t)
+		hung = hung || t.Deaf()
+	}
+	g.tb.Logf("the guest's CPUs when time was over:%s", text.String())
+	if hung && lab.Inside() {
+		g.tb.Log(labtest.Hung)
 	}
 }

@@ -159,6 +159,7 @@ func (p *plan) boot(ctx context.Context, s streams) (err error) {
 		return err
 	}
 	status, err := p.command(ctx, s, vm, progress)
+	showCPUs(s, vm, err)
 	if closed := vm.Close(); err == nil {
 		err = closed
 	}

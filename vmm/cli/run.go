@@ -170,6 +170,21 @@ func leaveError(err error) error {
 	}
 }
 
+// showCPUs tells where the CPUs of a VM stand that ran out of time, while it is there.
+func showCPUs(s streams, vm *vmm.VM, err error) {
+	var ee *exitError
+	if !errors.As(err, &ee) || ee.status != statusTimeout {
+		return
+	}
+	traces, err := vm.Trace(context.Background())
+	if err != nil {
+		return // it has ended by itself
+	}
+	for _, t := range traces {
+		fprintf(s.err, "kvmlet: %v\n", &t)
+	}
+}
+
 // openConsole opens what --console names. The closer does nothing for standard error.
 func openConsole(s streams, name string) (io.Writer, func() error, error) {
 	switch name {
