@@ -24,7 +24,7 @@ type Config struct {
 
 	Kernel  *linux.Kernel // parsed; New does not close it
 	Initrd  []linux.Blob  // parts of the initial RAM disk, loaded one behind the other
-	Cmdline string        // the kernel's command line
+	Cmdline string        // the kernel's command line, which begins with BaseCmdline for most
 
 	Disks []Disk // /dev/vda, /dev/vdb, ... in this order
 	Nets  []Net  // eth0, eth1, ... in this order
@@ -39,6 +39,11 @@ type Config struct {
 	// AgentPort gives the guest a virtio-console with the agent's port; VM.AgentPort is the host's end.
 	AgentPort bool
 }
+
+// BaseCmdline is what a Linux kernel has to be told for its VM to work as described here: Config.Console is the first
+// serial port, and the end of a kernel that panics is a Panic. The kernel resets the machine at once then (panic=-1), and
+// leaves the mark that tells this from a Reboot (reboot=panic_warm).
+const BaseCmdline = "console=ttyS0 panic=-1 reboot=panic_warm"
 
 // Disk is a virtio-blk device over a raw image or a block device of the host.
 type Disk struct {

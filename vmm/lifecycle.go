@@ -138,7 +138,8 @@ func (vm *VM) Ended() <-chan struct{} { return vm.ended }
 // Stop ends the VM at once, as pulling the plug would. PressPowerButton asks the guest instead.
 func (vm *VM) Stop() { vm.finish(End{Outcome: Stopped}) }
 
-// finish records the first end and stops the vCPUs without waiting for them: it may run on a vCPU's own thread.
+// finish records the first end, hangs up the agent's port and stops the vCPUs. It waits for nobody, as it may run on a
+// vCPU's own thread. Who sees the port's end finds the VM ended.
 func (vm *VM) finish(e End) {
 	vm.endMu.Lock()
 	defer vm.endMu.Unlock()
@@ -147,6 +148,9 @@ func (vm *VM) finish(e End) {
 	}
 	vm.end = e
 	close(vm.ended)
+	if vm.agentPort != nil {
+		vm.agentPort.Hangup()
+	}
 	for _, c := range vm.cpus {
 		c.RequestStop()
 	}

@@ -161,7 +161,8 @@ func (vm *VM) addCPUs(cfg *Config, sys *kvm.System, entry linux.Entry) error {
 // Serial sends p to the guest's first serial port as if typed there; it waits until the guest has taken it.
 func (vm *VM) Serial(p []byte) (int, error) { return vm.platform.serial[0].Write(p) }
 
-// AgentPort is the host's end of the agent's byte stream, or nil when the configuration asked for none.
+// AgentPort is the host's end of the agent's byte stream, or nil when the configuration asked for none. When the VM has
+// ended, what the guest sent can still be read, and io.EOF follows; writes fail.
 func (vm *VM) AgentPort() io.ReadWriteCloser {
 	if vm.agentPort == nil {
 		return nil

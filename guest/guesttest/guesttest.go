@@ -19,12 +19,15 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/kvmlet/kvmlet/guest/agent"
 	"github.com/kvmlet/kvmlet/guest/image"
+	"github.com/kvmlet/kvmlet/guest/lab"
 	"github.com/kvmlet/kvmlet/guest/lab/labtest"
+	"github.com/kvmlet/kvmlet/guest/tail"
 	"github.com/kvmlet/kvmlet/vmm"
 	"github.com/kvmlet/kvmlet/vmm/vcpu"
 )
@@ -79,14 +82,16 @@ type Config struct {
 const (
 	defaultMemory = 512 << 20
 
-	// cmdline lets the VMM tell a panic from a reboot: see vmm.Panic.
-	cmdline = "console=ttyS0 panic=-1 reboot=panic_warm quiet"
+	cmdline = vmm.BaseCmdline + " quiet"
 
 	// reserve is the time before a test's deadline that is kept for its end.
 	reserve = 10 * time.Second
 
 	powerOffGrace = 20 * time.Second
-	consoleLines  = 40
+
+	// Of a guest's console consoleSize bytes are kept, and the last consoleLines lines logged if the test fails.
+	consoleSize  = 64 << 10
+	consoleLines = 40
 )
 
 // Guest is a VM whose agent answers. Its methods may be called from any goroutine.
@@ -96,8 +101,9 @@ type Guest struct {
 	image   *vmm.Image
 	vm      *vmm.VM
 	agent   *agent.Client
-	console console
-	waited  bool // the test knows how the VM ended
+	console *tail.Buffer
+	waited  bool        // the test knows how the VM ended
+	late    atomic.Bool // it did not power off in time
 }
 
 // Run boots a guest and returns when its agent answers. At the end of the test the guest is powered off and closed; the
@@ -107,7 +113,7 @@ type Guest struct {
 // The guest and its commands end when the test does, or when that runs out of time.
 func Run(tb testing.TB, cfg Config) *Guest {
 	tb.Helper()
-	g := &Guest{tb: tb}
+	g := &Guest{tb: tb, console: tail.New(consoleSize)}
 	var cancel context.CancelFunc
 	g.ctx, cancel = bound(tb)
 	tb.Cleanup(cancel)
@@ -122,11 +128,14 @@ func Run(tb testing.TB, cfg Config) *Guest {
 	return g
 }
 
+// errTime is the cause of a guest's end by its test's deadline.
+var errTime = errors.New("the test's time is over")
+
 // bound returns the test's context with its deadline, if it has one.
 func bound(tb testing.TB) (context.Context, context.CancelFunc) {
 	if t, ok := tb.(interface{ Deadline() (time.Time, bool) }); ok {
 		if d, ok := t.Deadline(); ok {
-			return context.WithDeadlineCause(tb.Context(), d.Add(-reserve), errors.New("the test's time is over"))
+			return context.WithDeadlineCause(tb.Context(), d.Add(-reserve), errTime)
 		}
 	}
 	return context.WithCancel(tb.Context())
@@ -139,7 +148,7 @@ func (g *Guest) boot(cfg *Config) (err error) {
 	c := vmm.Config{
 		CPUs: max(cfg.CPUs, 1), Memory: cfg.Memory, Template: cfg.Template,
 		Kernel: g.image.Kernel, Initrd: g.image.Initrd, Cmdline: strings.TrimSpace(cmdline + " " + cfg.Cmdline),
-		Disks: cfg.Disks, Nets: cfg.Nets, Console: &g.console, AgentPort: true,
+		Disks: cfg.Disks, Nets: cfg.Nets, Console: g.console, AgentPort: true,
 	}
 	if c.Memory == 0 {
 		c.Memory = defaultMemory
@@ -150,13 +159,7 @@ func (g *Guest) boot(cfg *Config) (err error) {
 	if err := g.vm.Start(); err != nil {
 		return err
 	}
-	// With the machine gone nothing comes through its port any more, and all who wait for it have to learn that.
-	port := g.vm.AgentPort()
-	go func() {
-		<-g.vm.Ended()
-		_ = port.Close()
-	}()
-	if g.agent, err = agent.Connect(g.ctx, port); err == nil {
+	if g.agent, err = agent.Connect(g.ctx, g.vm.AgentPort()); err == nil {
 		return nil
 	}
 	select {
@@ -207,10 +210,12 @@ func (g *Guest) Poweroff() error {
 		fmt.Errorf("the guest did not power off in %v", powerOffGrace))
 	defer cancel()
 	if err := g.agent.Poweroff(ctx); err != nil {
+		g.late.Store(ctx.Err() != nil)
 		return err
 	}
 	end, err := g.vm.Wait(ctx)
 	if err != nil {
+		g.late.Store(true)
 		return context.Cause(ctx)
 	}
 	g.waited = true
@@ -237,11 +242,19 @@ func (g *Guest) close() {
 				g.tb.Error(endError(end))
 			}
 		default:
+			if g.outOfTime() { // none is left to wait for it once more
+				break
+			}
 			if err := g.Poweroff(); err != nil {
 				g.tb.Error(err)
 			}
 		}
-		_ = g.agent.Close() // the VM is gone, so the port may be too
+	}
+	if g.vm != nil && g.outOfTime() {
+		g.logCPUs()
+	}
+	if g.agent != nil {
+		_ = g.agent.Close() // whose port cannot fail to close
 	}
 	if g.vm != nil {
 		if err := g.vm.Close(); err != nil {
@@ -251,7 +264,31 @@ func (g *Guest) close() {
 	if g.image != nil {
 		_ = g.image.Close() // read-only
 	}
-	if text := g.console.last(consoleLines); g.tb.Failed() && text != "" {
-		g.tb.Logf("the guest's console ended with\n%s", text)
+	if lines := g.console.Lines(consoleLines); g.tb.Failed() && len(lines) > 0 {
+		g.tb.Logf("the guest's console ended with\n%s", strings.Join(lines, "\n"))
+	}
+}
+
+// outOfTime reports whether the test failed with a guest that did not do in time what it was asked.
+func (g *Guest) outOfTime() bool {
+	return g.tb.Failed() && (g.late.Load() || context.Cause(g.ctx) == errTime)
+}
+
+// logCPUs tells where the CPUs of a guest stand that may hang, if it has not ended.
+func (g *Guest) logCPUs() {
+	g.tb.Helper()
+	traces, err := g.vm.Trace(context.Background())
+	if err != nil {
+		return // it ended
+	}
+	var text strings.Builder
+	hung := false
+	for _, t := range traces {
+		fmt.Fprintf(&text, "\n\t%v", &t)
+		hung = hung || t.Deaf()
+	}
+	g.tb.Logf("the guest's CPUs when time was over:%s", text.String())
+	if hung && lab.Inside() {
+		g.tb.Log(labtest.Hung)
 	}
 }

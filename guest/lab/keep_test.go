@@ -225,14 +225,3 @@ func TestLocks(t *testing.T) {
 	}
 	first()
 }
-
-func TestTailKeepsTheEnd(t *testing.T) {
-	t.Parallel()
-	tail := newTail()
-	for i := range 2000 {
-		fmt.Fprintln(tail, i)
-	}
-	if s := tail.String(); len(s) > tailSize || !strings.HasSuffix(s, "1998\n1999") {
-		t.Errorf("%d bytes, ending in %q", len(s), s[len(s)-20:])
-	}
-}

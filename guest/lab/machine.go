@@ -1,7 +1,6 @@
 package lab
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -17,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kvmlet/kvmlet/guest/agent"
+	"github.com/kvmlet/kvmlet/guest/tail"
 )
 
 const (
@@ -90,8 +90,8 @@ type machine struct {
 	agent   *agent.Client // set by connect
 	port    *os.File      // the agent's, until connect
 	monitor *monitor
-	console *tail // what the kernel printed
-	stderr  *tail // what QEMU printed
+	console *tail.Buffer // what the kernel printed
+	stderr  *tail.Buffer // what QEMU printed
 	kill    func()
 	exited  chan struct{}
 	reading sync.WaitGroup // of the console
@@ -113,7 +113,7 @@ func launch(ctx context.Context, h *hardware, ram string, extra ...string) (*mac
 			return nil, err
 		}
 	}
-	m := &machine{port: ours[1], console: newTail(), stderr: newTail(), exited: make(chan struct{})}
+	m := &machine{port: ours[1], console: tail.New(tailSize), stderr: tail.New(tailSize), exited: make(chan struct{})}
 	const first = 3 // the number of ExtraFiles[0]
 	cmd := exec.Command(h.qemu, append(h.arguments(ram, first, first+1, first+2), extra...)...)
 	cmd.ExtraFiles = theirs[:]
@@ -200,39 +200,16 @@ func (m *machine) explain(err error) error {
 	var notes strings.Builder
 	for _, part := range []struct {
 		name string
-		tail *tail
+		tail *tail.Buffer
 	}{{"QEMU", m.stderr}, {"the lab's kernel", m.console}} {
-		if text := part.tail.String(); text != "" {
+		if text := strings.TrimSpace(part.tail.String()); text != "" {
 			fmt.Fprintf(&notes, "\nlast words of %s:\n%s", part.name, text)
 		}
 	}
 	return fmt.Errorf("%w%s", err, notes.String())
 }
 
-// tail keeps the last of what is written to it.
-type tail struct {
-	mu  sync.Mutex
-	buf []byte // guarded by mu
-}
-
+// tailSize is how much is kept of what QEMU, and the lab's kernel, say.
 const tailSize = 4096
-
-func newTail() *tail { return new(tail) }
-
-func (t *tail) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.buf = append(t.buf, p...)
-	if over := len(t.buf) - tailSize; over > 0 {
-		t.buf = append(t.buf[:0], t.buf[over:]...)
-	}
-	return len(p), nil
-}
-
-func (t *tail) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return string(bytes.TrimSpace(t.buf))
-}
 
 var errGone = errors.New("QEMU ended")

@@ -14,13 +14,17 @@ import (
 // ErrGuestClosed is what Write returns when the guest closed the port after it had taken a part of the bytes.
 var ErrGuestClosed = errors.New("vconsole: the guest closed the port")
 
+// ErrHungUp is what Write and WaitOpen return after Hangup.
+var ErrHungUp = errors.New("vconsole: the VM has ended")
+
 // ringSize bounds what the guest can have sent and the host not read.
 const ringSize = 64 << 10
 
 var _ io.ReadWriteCloser = (*Port)(nil)
 
 // Port is the host's end of one byte channel. It is open on the host's side from New until Close; the guest opens and
-// closes its side as it likes, and each time it does is one session. All methods may be called from any goroutine.
+// closes its side as it likes, and each time it does is one session, until Hangup. All methods may be called from any
+// goroutine.
 type Port struct {
 	dev  *Device
 	id   uint32
@@ -31,6 +35,7 @@ type Port struct {
 	// What follows is guarded by dev.mu.
 	changed *sync.Cond // of anything below
 	closed  bool       // on the host's side
+	hungUp  bool       // the guest does not run any more
 	resets  uint64     // counts resets of an active device
 
 	// As the driver sees the port.
@@ -44,6 +49,7 @@ type Port struct {
 	in      ring
 	closing bool // the guest closed the port, but its queue may still hold what it sent before
 	eof     bool // the session ends behind what is in the ring
+	over    bool // and no other follows: it ended after the hang-up
 
 	// From host to guest.
 	out        []byte // what the Write in progress has left
@@ -73,8 +79,8 @@ func (p *Port) Open() bool {
 	return p.open
 }
 
-// WaitOpen waits until the guest has the port open. It returns ctx's error when that ends first, and os.ErrClosed once
-// the port is closed on the host's side.
+// WaitOpen waits until the guest has the port open. It returns ctx's error when that ends first, os.ErrClosed once the
+// port is closed on the host's side, and ErrHungUp after Hangup.
 func (p *Port) WaitOpen(ctx context.Context) error {
 	defer context.AfterFunc(ctx, func() {
 		p.dev.mu.Lock()
@@ -87,6 +93,8 @@ func (p *Port) WaitOpen(ctx context.Context) error {
 		switch {
 		case p.closed:
 			return os.ErrClosed
+		case p.hungUp:
+			return ErrHungUp
 		case p.open:
 			return nil
 		case ctx.Err() != nil:
@@ -98,8 +106,8 @@ func (p *Port) WaitOpen(ctx context.Context) error {
 
 // Read waits for bytes from the guest and returns as soon as there are any. When the guest closes the port, or the
 // device is reset, Read returns the bytes sent before and then io.EOF, once; later calls wait for the next session. A
-// guest that opens the port again before the host has taken everything continues the same session. After Close it
-// returns os.ErrClosed.
+// guest that opens the port again before the host has taken everything continues the same session. After Hangup the
+// last io.EOF is repeated for ever. After Close Read returns os.ErrClosed.
 func (p *Port) Read(b []byte) (int, error) {
 	p.dev.mu.Lock()
 	defer p.dev.mu.Unlock()
@@ -115,7 +123,7 @@ func (p *Port) Read(b []byte) (int, error) {
 			return n, nil
 		}
 		if p.eof {
-			p.eof = false
+			p.eof = p.over
 			p.changed.Broadcast()
 			return 0, io.EOF
 		}
@@ -125,15 +133,18 @@ func (p *Port) Read(b []byte) (int, error) {
 
 // Write hands b to the guest and returns when the guest's own buffers hold all of it. Before the guest has opened the
 // port, and whenever it reads slowly, Write waits. It returns os.ErrClosed when the port is closed or an active device is
-// reset meanwhile, and ErrGuestClosed when the guest closes the port with a part of b taken, in both cases with the
-// number of bytes taken; the guest may not have read them. One Write's bytes never end up in two sessions.
+// reset meanwhile, ErrHungUp after Hangup, and ErrGuestClosed when the guest closes the port with a part of b taken, each
+// with the number of bytes taken; the guest may not have read them. One Write's bytes never end up in two sessions.
 func (p *Port) Write(b []byte) (int, error) {
 	p.writing.Lock()
 	defer p.writing.Unlock()
 	p.dev.mu.Lock()
 	defer p.dev.mu.Unlock()
-	if p.closed {
+	switch {
+	case p.closed:
 		return 0, os.ErrClosed
+	case p.hungUp:
+		return 0, ErrHungUp
 	}
 	p.out, p.outSession = b, 0
 	p.changed.Broadcast()
@@ -143,6 +154,8 @@ func (p *Port) Write(b []byte) (int, error) {
 		switch {
 		case p.closed || p.resets != resets:
 			err = os.ErrClosed
+		case p.hungUp:
+			err = ErrHungUp
 		case p.outSession != 0 && (!p.open || p.session != p.outSession):
 			err = ErrGuestClosed
 		default:
@@ -170,30 +183,58 @@ func (p *Port) Close() error {
 	return nil
 }
 
-// setOpen follows the guest opening or closing the port. dev.mu is held.
+// Hangup says that the guest does not run any more, and will not. What it has sent can still be read, and then Read
+// returns io.EOF for ever; Write fails. Hangup does not wait for the device's workers, so a vCPU's own thread may call
+// it, at any time. Hanging up again does nothing.
+func (p *Port) Hangup() {
+	p.dev.mu.Lock()
+	defer p.dev.mu.Unlock()
+	if p.hungUp {
+		return
+	}
+	p.hungUp, p.open = true, false
+	p.endSession()
+}
+
+// setOpen follows the guest opening or closing the port. What a vCPU does that has yet to stop after a hang-up changes
+// nothing. dev.mu is held.
 func (p *Port) setOpen(open bool) {
-	if p.open == open {
+	if p.open == open || p.hungUp {
 		return
 	}
 	p.open = open
-	p.closing = !open
-	switch {
-	case open:
-		p.session++
-	case p.tx != nil:
-		p.tx.Wake() // drain sees closing, and ends the session when its queue is empty
-	default:
-		p.closing, p.eof = false, true
+	if !open {
+		p.endSession()
+		return
 	}
+	p.session++
+	p.closing = false
+	p.changed.Broadcast()
+}
+
+// endSession ends the session behind what the guest has sent. dev.mu is held.
+func (p *Port) endSession() {
+	p.closing = true
+	if p.tx != nil {
+		p.tx.Wake() // drain sees closing, and that its queue is empty
+		p.changed.Broadcast()
+		return
+	}
+	p.sessionEnded()
+}
+
+// sessionEnded marks the end of a session whose bytes are all in the ring. dev.mu is held.
+func (p *Port) sessionEnded() {
+	p.closing, p.eof, p.over = false, true, p.hungUp
 	p.changed.Broadcast()
 }
 
 // endActivation follows a reset, with all workers gone. dev.mu is held.
 func (p *Port) endActivation() {
 	if p.open || p.closing {
-		p.eof = true
+		p.sessionEnded()
 	}
-	p.open, p.closing, p.ready, p.pending, p.tx = false, false, false, 0, nil
+	p.open, p.ready, p.pending, p.tx = false, false, 0, nil
 	p.changed.Broadcast()
 }
 
@@ -212,9 +253,21 @@ func (p *Port) feed(w *worker) error {
 	})
 }
 
-// drain is the worker that takes what the guest sends. When the device is reset it still takes what is in the queue, at
-// most once around it.
+// drain is the worker that takes what the guest sends.
 func (p *Port) drain(w *worker) error {
+	err := p.takeAll(w)
+	p.dev.mu.Lock()
+	defer p.dev.mu.Unlock()
+	p.tx = nil // nothing more comes from a queue that is broken, and a session ends without it
+	if p.closing {
+		p.sessionEnded()
+	}
+	return err
+}
+
+// takeAll takes what the guest sends until the device is reset. Then it still takes what is in the queue, at most once
+// around it.
+func (p *Port) takeAll(w *worker) error {
 	for left := w.queue.Size(); ; {
 		// Asked before Pop: what was sent before the port was closed is in the queue when this says that it was.
 		p.dev.mu.Lock()
@@ -238,7 +291,7 @@ func (p *Port) drain(w *worker) error {
 		case stopping:
 			return nil
 		case closing:
-			p.endSession()
+			p.drained()
 		default:
 			if w.queue.Wait() != nil {
 				return nil // the transport has closed the kick
@@ -247,13 +300,12 @@ func (p *Port) drain(w *worker) error {
 	}
 }
 
-// endSession marks the end of a session whose bytes are all in the ring, unless the guest has opened the port again.
-func (p *Port) endSession() {
+// drained ends a session whose bytes are all in the ring, unless the guest has opened the port again.
+func (p *Port) drained() {
 	p.dev.mu.Lock()
 	defer p.dev.mu.Unlock()
 	if p.closing {
-		p.closing, p.eof = false, true
-		p.changed.Broadcast()
+		p.sessionEnded()
 	}
 }
 

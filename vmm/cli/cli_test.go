@@ -208,6 +208,7 @@ func TestStatuses(t *testing.T) {
 		{leaveError(fmt.Errorf("connect: %w", errTimeout)), 124, "timeout"},
 		{leaveError(fmt.Errorf("connect: %w", errLeft)), 123, "stopped"},
 		{leaveError(fmt.Errorf("lab: %w", lab.ErrInterrupted)), 123, "stopped"},
+		{errSilent, 125, "before its agent answered"},
 		{&exitError{status: 7}, 7, "exit status 7"},
 		{&exitError{127, failure}, 127, "it broke"},
 	} {

@@ -42,29 +42,12 @@ func TestEscape(t *testing.T) {
 	}
 }
 
-func TestTail(t *testing.T) {
+func TestMargin(t *testing.T) {
 	t.Parallel()
-	var through bytes.Buffer
-	tl := &tail{w: &through}
-	for i := range 5000 {
-		if _, err := tl.Write([]byte("line " + strings.Repeat("x", i%50) + "\r\n")); err != nil {
-			t.Fatal(err)
-		}
+	if got, want := margin([]string{"two", "", "the end"}), "  | two\n  | the end\n"; got != want {
+		t.Errorf("%q, want %q", got, want)
 	}
-	if _, err := tl.Write([]byte("\n\nthe end")); err != nil {
-		t.Fatal(err)
-	}
-	if len(tl.buf) > tailSize {
-		t.Errorf("%d bytes are kept", len(tl.buf))
-	}
-	if !bytes.HasSuffix(through.Bytes(), []byte("the end")) {
-		t.Error("output was not passed on")
-	}
-	last := string(tl.last(3))
-	if !strings.HasSuffix(last, "  | the end\n") || strings.Contains(last, "\r") || strings.Count(last, "\n") > 3 {
-		t.Errorf("the last lines are %q", last)
-	}
-	if got := (&tail{}).last(3); len(got) != 0 {
+	if got := margin(nil); got != "" {
 		t.Errorf("an empty console ended with %q", got)
 	}
 }

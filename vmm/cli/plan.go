@@ -1,13 +1,16 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"time"
 
 	"github.com/kvmlet/kvmlet/guest/agent"
+	"github.com/kvmlet/kvmlet/guest/tail"
 	"github.com/kvmlet/kvmlet/vmm"
 	"github.com/kvmlet/kvmlet/vmm/vcpu"
 )
@@ -21,12 +24,8 @@ type plan struct {
 	image *vmm.Image
 }
 
-// Parameters of the kernel's command line. The console is the first serial port. A panic resets the machine at once,
-// and panic_warm lets the VMM tell that reset from one that was asked for.
-const (
-	baseCmdline  = "console=ttyS0 panic=-1 reboot=panic_warm"
-	quietCmdline = "quiet"
-)
+// quietCmdline keeps the guest's kernel from telling a console that nobody reads what goes well.
+const quietCmdline = "quiet"
 
 // newPlan checks the options. Nothing is opened or made.
 func newPlan(o *runOptions) (_ *plan, err error) {
@@ -75,7 +74,7 @@ func (p *plan) close() {
 
 // cmdline is the kernel's command line: ours first, so that the user's words win.
 func (p *plan) cmdline() string {
-	words := []string{baseCmdline}
+	words := []string{vmm.BaseCmdline}
 	if p.agent {
 		if p.o.console == "" {
 			words = append(words, quietCmdline)
@@ -121,8 +120,11 @@ func (p *plan) prepare(ctx context.Context, progress *progress) (err error) {
 // powerOffGrace bounds how long a guest may take to power off when its command has ended.
 const powerOffGrace = 20 * time.Second
 
-// consoleLines is how much of a failed guest's console is shown.
-const consoleLines = 25
+// Of a guest's console consoleSize bytes are kept, and the last consoleLines lines shown if it fails.
+const (
+	consoleSize  = 64 << 10
+	consoleLines = 25
+)
 
 // boot runs the VM on this host's KVM.
 func (p *plan) boot(ctx context.Context, s streams) (err error) {
@@ -147,13 +149,17 @@ func (p *plan) boot(ctx context.Context, s streams) (err error) {
 		progress.close()
 		return p.bootConsole(ctx, s, w)
 	}
-	console := &tail{w: w}
+	console := tail.New(consoleSize)
 	p.cfg.Console, p.cfg.AgentPort = console, true
+	if w != nil {
+		p.cfg.Console = io.MultiWriter(console, w)
+	}
 	vm, err := vmm.New(&p.cfg)
 	if err != nil {
 		return err
 	}
 	status, err := p.command(ctx, s, vm, progress)
+	showCPUs(s, vm, err)
 	if closed := vm.Close(); err == nil {
 		err = closed
 	}
@@ -162,7 +168,7 @@ func (p *plan) boot(ctx context.Context, s streams) (err error) {
 	}
 	var ee *exitError
 	if w == nil && errors.As(err, &ee) && ee.failed() {
-		if last := console.last(consoleLines); len(last) > 0 {
+		if last := margin(console.Lines(consoleLines)); last != "" {
 			fprintf(s.err, "kvmlet: the guest's console ended with\n%s", last)
 		}
 	}
@@ -177,22 +183,15 @@ func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM, progress *pro
 	if err := vm.Start(); err != nil {
 		return 0, err
 	}
-	// Whatever is waited for below ends when the VM does.
+	// Whatever is waited for below ends when the VM does, with what comes through its port.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	go func() {
-		select {
-		case <-vm.Ended():
-			cancel(errEnded)
-		case <-ctx.Done():
-		}
-	}()
 	release := stopOnSignal(cancel)
 	client, err := agent.Connect(ctx, vm.AgentPort())
 	progress.close()
 	release()
 	if err != nil {
-		return 0, p.why(ctx, vm, err)
+		return 0, cmp.Or(p.why(ctx, vm, err), errSilent)
 	}
 	defer client.Close()
 
@@ -220,10 +219,11 @@ func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM, progress *pro
 	return status, nil
 }
 
-// errEnded is the cause of a session's end by the VM's.
-var errEnded = errors.New("the VM ended")
+// errSilent says that a guest powered itself off in good order, but too soon to be asked for anything.
+var errSilent error = &exitError{statusError, errors.New("the guest powered off before its agent answered")}
 
-// why finds the reason for an error behind a session that broke off: the VM's own end, the user's wish, or err.
+// why finds the reason for an error behind a session that broke off: the VM's own end, the user's wish, or err. It is nil
+// for a guest that powered itself off.
 func (p *plan) why(ctx context.Context, vm *vmm.VM, err error) error {
 	if e := leaveError(context.Cause(ctx)); e != nil {
 		return e
@@ -238,4 +238,15 @@ func (p *plan) why(ctx context.Context, vm *vmm.VM, err error) error {
 		return endError(end)
 	}
 	return &exitError{statusError, err}
+}
+
+// margin puts one in front of each line that is not empty.
+func margin(lines []string) string {
+	var b strings.Builder
+	for _, l := range lines {
+		if l != "" {
+			fmt.Fprintf(&b, "  | %s\n", l)
+		}
+	}
+	return b.String()
 }

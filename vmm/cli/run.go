@@ -60,7 +60,7 @@ Exit status, beside the command's own:
   120  the guest rebooted        121  triple fault          122  guest kernel panic
   123  the VM was stopped        124  --timeout ran out     125  kvmlet itself failed
   126  command not executable    127  command not found
-A guest that powers itself off ends with 0.`
+A guest that powers itself off ends with 0, or with 125 if no command could run in it yet.`
 
 const runExample = `  kvmlet run
   kvmlet run -- sh -c 'uname -a; nproc'
@@ -167,6 +167,21 @@ func leaveError(err error) error {
 		return &exitError{statusStopped, errLeft}
 	default:
 		return nil
+	}
+}
+
+// showCPUs tells where the CPUs of a VM stand that ran out of time, while it is there.
+func showCPUs(s streams, vm *vmm.VM, err error) {
+	var ee *exitError
+	if !errors.As(err, &ee) || ee.status != statusTimeout {
+		return
+	}
+	traces, err := vm.Trace(context.Background())
+	if err != nil {
+		return // it has ended by itself
+	}
+	for _, t := range traces {
+		fprintf(s.err, "kvmlet: %v\n", &t)
 	}
 }
 

@@ -39,9 +39,9 @@ func (p *plan) bootConsole(ctx context.Context, s streams, log io.Writer) error 
 	ctx, leave := context.WithCancelCause(ctx)
 	defer leave(nil)
 	var in io.Reader = s.in
+	restore := func() {}
 	if isTerminal(s.in) {
-		restore, err := rawTerminal(s.in)
-		if err != nil {
+		if restore, err = rawTerminal(s.in); err != nil {
 			return errors.Join(err, vm.Close())
 		}
 		defer restore()
@@ -78,6 +78,8 @@ func (p *plan) bootConsole(ctx context.Context, s streams, log io.Writer) error 
 	end, err := vm.Wait(ctx)
 	if err != nil {
 		err = leaveError(context.Cause(ctx))
+		restore()
+		showCPUs(s, vm, err)
 	} else {
 		err = endError(end)
 	}

@@ -79,17 +79,16 @@ func (s *session) run(ctx context.Context, c *agent.Client) (int, error) {
 	}()
 	select {
 	case <-ended:
-	case <-ctx.Done(): // a guest may be past ending a command
-		if s.tty {
-			fprintf(s.streams.out, "\r\n") // off the guest's line
+		var status agent.ExitStatus
+		if status, err = p.Wait(); err == nil {
+			return status.Code, nil
 		}
-		return 0, context.Cause(ctx)
+	case <-ctx.Done(): // a guest may be past ending a command
 	}
-	status, err := p.Wait()
-	if err != nil {
-		return 0, cause(ctx, err)
+	if s.tty {
+		fprintf(s.streams.out, "\r\n") // off the guest's line
 	}
-	return status.Code, nil
+	return 0, cause(ctx, err)
 }
 
 // target takes what relay passes on; it is an *agent.Process.

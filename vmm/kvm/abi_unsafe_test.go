@@ -100,6 +100,7 @@ func TestABI(t *testing.T) {
 	offset("kvm_fpu", "xmm", unsafe.Offsetof(fpu.XMM))
 	offset("kvm_fpu", "mxcsr", unsafe.Offsetof(fpu.MXCSR))
 	sizeOf("kvm_lapic_state", size[LAPIC]())
+	sizeOf("kvm_mp_state", size[MPState]())
 
 	sizeOf("kvm_cpuid2", size[cpuidHeader]())
 	sizeOf("kvm_cpuid_entry2", size[CPUIDEntry]())
@@ -143,6 +144,7 @@ func TestABI(t *testing.T) {
 	checks["KVM_SET_FPU"] = iow[FPU](nrSetFPU)
 	checks["KVM_GET_LAPIC"] = ior[LAPIC](nrGetLAPIC)
 	checks["KVM_SET_LAPIC"] = iow[LAPIC](nrSetLAPIC)
+	checks["KVM_GET_MP_STATE"] = ior[MPState](nrMPState)
 	checks["KVM_GET_SUPPORTED_CPUID"] = iowr[cpuidHeader](nrGetSupportedCPUID)
 	checks["KVM_SET_CPUID2"] = iow[cpuidHeader](nrSetCPUID2)
 	checks["KVM_SET_MSRS"] = iow[msrsHeader](nrSetMSRs)

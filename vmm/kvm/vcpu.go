@@ -37,6 +37,7 @@ const (
 	nrSetFPU   = 0x8d
 	nrGetLAPIC = 0x8e
 	nrSetLAPIC = 0x8f
+	nrMPState  = 0x98
 )
 
 func newVCPU(fd, mmapSize int) (*VCPU, error) {
@@ -152,4 +153,23 @@ func (v *VCPU) SetLAPIC(l *LAPIC) error {
 		return fmt.Errorf("KVM_SET_LAPIC: %w", err)
 	}
 	return nil
+}
+
+// MPState is struct kvm_mp_state: what a vCPU waits for.
+type MPState uint32
+
+// The states that x86 knows and a VM of ours can meet (linux/kvm.h).
+const (
+	MPRunnable      MPState = 0 // nothing
+	MPUninitialized MPState = 1 // INIT: an application processor that was never started
+	MPInitReceived  MPState = 2 // SIPI
+	MPHalted        MPState = 3 // an interrupt
+)
+
+// MPState returns what the vCPU waits for (api.rst, 4.38).
+func (v *VCPU) MPState() (s MPState, err error) {
+	if err = ioctlPtr(v.fd, ior[MPState](nrMPState), &s); err != nil {
+		err = fmt.Errorf("KVM_GET_MP_STATE: %w", err)
+	}
+	return s, err
 }
