@@ -108,9 +108,9 @@ func (r *receiver) frames() error {
 			r.dev.stats.rxTooLong.Add(1)
 			continue
 		}
-		r.push(n)
-		r.dev.stats.rxFrames.Add(1)
+		r.dev.stats.rxFrames.Add(1) // before the driver sees the frame
 		r.dev.stats.rxBytes.Add(uint64(n - net.HeaderLen))
+		r.push(n)
 	}
 }
 
