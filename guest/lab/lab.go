@@ -35,7 +35,9 @@ const (
 	// another CPU's thread calls for attention in between (seen with QEMU 7.2 and 10.0). One CPU has nobody to do so.
 	// It also cannot run code that another CPU is patching, as QEMU before 8.1 may.
 	DefaultCPUs = 1
-	MaxCPUs     = 64
+
+	// MaxCPUs is how many CPUs a lab may have.
+	MaxCPUs = 64
 
 	startTimeout = 120 * time.Second // for boot or restore, on a busy host
 	leaveTimeout = 30 * time.Second  // for writing back the shares at the end
