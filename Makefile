@@ -45,8 +45,9 @@ build: setup
 run: build
 	@$(if $(ARGS),./kvmlet run $(ARGS),scripts/tour)
 
+# With KVMLET_REQUIRE a test that lacks something of its host fails instead of being skipped: setup has installed it.
 test: setup $(CACHE)/bin/testsum
-	@$(CACHE)/bin/testsum \
+	@KVMLET_REQUIRE=all $(CACHE)/bin/testsum \
 		'go vet ./...' \
 		'go test -json -vet=off -race -timeout $(TIMEOUT) $(RACE)' \
 		$(if $(LAB),'go test -json -vet=off -p 1 -timeout $(LAB_TIMEOUT) $(LAB)') \

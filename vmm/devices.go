@@ -166,7 +166,7 @@ func (vm *VM) addVirtio(cfg *Config) error {
 		}
 	}
 	for i, b := range vm.resources.nets {
-		d, err := vnet.New(b, vnet.Options{MAC: cfg.Nets[i].MAC})
+		d, err := vnet.New(b, vnet.Options{MAC: cfg.Nets[i].MAC, MTU: guestMTU(b)})
 		if err != nil {
 			return err
 		}
@@ -175,6 +175,16 @@ func (vm *VM) addVirtio(cfg *Config) error {
 		}
 	}
 	return nil
+}
+
+// guestMTU returns the MTU that the guest's driver is told of, or 0 to leave the choice to it. A driver that is told one
+// takes it and refuses a larger one later. So the usual MTU goes without saying, as in QEMU, where host_mtu is unset unless
+// somebody asks: the host's may then still be raised while the guest runs. Another one somebody has chosen for the device.
+func guestMTU(b net.Backend) int {
+	if d, ok := b.(interface{ MTU() int }); ok && d.MTU() != vnet.DefaultMTU && d.MTU() >= vnet.MinMTU {
+		return d.MTU()
+	}
+	return 0
 }
 
 // addFunction wraps a virtio device in a PCI function, gives it a slot, an interrupt line and its place in the window.

@@ -3,6 +3,7 @@ package raw_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/raw"
+	"github.com/kvmlet/kvmlet/guest/lab/labtest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -322,29 +324,47 @@ func TestBlockDevice(t *testing.T) {
 	open(t, device, raw.Options{ReadOnly: true})
 }
 
+// freeLoop opens a loop device that nobody uses yet.
+func freeLoop() (fd int, device string, err error) {
+	control, err := unix.Open("/dev/loop-control", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, "", fmt.Errorf("no loop devices: %w", err)
+	}
+	defer unix.Close(control)
+	free, err := unix.IoctlRetInt(control, unix.LOOP_CTL_GET_FREE)
+	if err != nil {
+		return -1, "", fmt.Errorf("no free loop device: %w", err)
+	}
+	device = "/dev/loop" + strconv.Itoa(free)
+	if fd, err = unix.Open(device, unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+		return -1, "", fmt.Errorf("open %s: %w", device, err)
+	}
+	return fd, device, nil
+}
+
+// TestMain runs the tests in a lab where this host has no loop devices for them.
+func TestMain(m *testing.M) {
+	labtest.MainWhere(m, func() error {
+		fd, _, err := freeLoop()
+		if err == nil {
+			err = unix.Close(fd)
+		}
+		return err
+	})
+}
+
 // attachLoop makes a block device of the file at path.
 func attachLoop(t *testing.T, path string) string {
 	t.Helper()
-	const remedy = "run as root, with the loop module loaded"
-	control, err := unix.Open("/dev/loop-control", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		t.Skipf("no loop devices: %v (%s)", err, remedy)
-	}
-	defer unix.Close(control)
 	file, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer file.Close()
 	for {
-		free, err := unix.IoctlRetInt(control, unix.LOOP_CTL_GET_FREE)
+		fd, device, err := freeLoop()
 		if err != nil {
-			t.Skipf("no free loop device: %v (%s)", err, remedy)
-		}
-		device := "/dev/loop" + strconv.Itoa(free)
-		fd, err := unix.Open(device, unix.O_RDWR|unix.O_CLOEXEC, 0)
-		if err != nil {
-			t.Skipf("open %s: %v (%s)", device, err, remedy)
+			t.Fatal(err)
 		}
 		err = unix.IoctlSetInt(fd, unix.LOOP_SET_FD, int(file.Fd()))
 		if errors.Is(err, unix.EBUSY) { // someone else was faster

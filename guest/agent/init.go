@@ -49,7 +49,15 @@ func Main() {
 		logf("%v", err)
 	}
 	in.watchSignals()
-	logf("%v; a shell on the console instead", in.servePort())
+	err := in.servePort()
+	if errors.Is(err, errNoDriver) {
+		// The host waits for the agent, and would for ever. A power-off would look like success; that PID 1 ends is a
+		// panic, whose own words, of which level 0 lets none through, would bury ours.
+		logf("%v", err)
+		_ = os.WriteFile("/proc/sys/kernel/printk", []byte("0"), 0)
+		os.Exit(1)
+	}
+	logf("%v; a shell on the console instead", err)
 	if err := in.consoleShell(); err != nil {
 		logf("%v", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -166,6 +167,37 @@ func TestFingerprintIsStable(t *testing.T) {
 	t.Parallel()
 	if a, b := Fingerprint(), Fingerprint(); a != b || len(a) != 64 {
 		t.Errorf("%q, %q", a, b)
+	}
+}
+
+// TestUndriven tells a virtio console without a driver from everything else on a PCI bus.
+func TestUndriven(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		vendor, device, driver string
+		want                   bool
+	}{
+		"no virtio_pci":         {"0x1af4", "0x1043", "", true},
+		"transitional":          {"0x1af4", "0x1003", "", true},
+		"no virtio_console":     {"0x1af4", "0x1043", "virtio0", true},
+		"driven":                {"0x1af4", "0x1043", "virtio0/driver", false},
+		"another virtio device": {"0x1af4", "0x1044", "", false},
+		"another vendor's":      {"0x8086", "0x1043", "", false},
+		"nothing that tells":    {"", "", "", false},
+	} {
+		dir := t.TempDir()
+		d := filepath.Join(dir, "0000:00:01.0")
+		if err := os.MkdirAll(filepath.Join(d, c.driver), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for file, id := range map[string]string{"vendor": c.vendor, "device": c.device} {
+			if err := os.WriteFile(filepath.Join(d, file), []byte(id+"\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := undriven(dir); got != c.want {
+			t.Errorf("%s: %v", name, got)
+		}
 	}
 }
 

@@ -17,6 +17,37 @@ const PortName = "dev.kvmlet.agent"
 // portPatience bounds the wait for the port: the driver makes ports in the background, soon after the device.
 const portPatience = 5 * time.Second
 
+// errNoDriver reports that the machine has a virtio console and the kernel nothing that drives it.
+var errNoDriver = errors.New("this kernel does not drive the virtio console by which the host talks to it: it needs " +
+	"CONFIG_VIRTIO_PCI and CONFIG_VIRTIO_CONSOLE built in, not as modules")
+
+// PCI identifiers of a virtio console (virtio 1.2, 4.1.2.1 and 5.3.1), the second of a transitional one.
+const (
+	virtioVendor        = "0x1af4"
+	consoleDevice       = "0x1043"
+	legacyConsoleDevice = "0x1003"
+)
+
+// undriven reports whether one of the PCI devices listed in dir, as in /sys/bus/pci/devices, is a virtio console that
+// became no virtio device, or one that no driver has.
+func undriven(dir string) bool {
+	devices, _ := filepath.Glob(filepath.Join(dir, "*"))
+	for _, d := range devices {
+		vendor, _ := os.ReadFile(filepath.Join(d, "vendor"))
+		device, _ := os.ReadFile(filepath.Join(d, "device"))
+		if string(bytes.TrimSpace(vendor)) != virtioVendor {
+			continue
+		}
+		switch string(bytes.TrimSpace(device)) {
+		case consoleDevice, legacyConsoleDevice:
+			if bound, _ := filepath.Glob(filepath.Join(d, "virtio*", "driver")); len(bound) == 0 {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // waitPort returns the device of the virtio-serial port with the given name. A machine without any virtio console does
 // not wait for one.
 func waitPort(name string, patience time.Duration) (string, error) {
@@ -39,6 +70,9 @@ func waitPort(name string, patience time.Duration) (string, error) {
 		}
 		consoles, _ := filepath.Glob("/sys/bus/virtio/drivers/virtio_console/virtio*")
 		left := time.Until(deadline)
+		if len(consoles) == 0 && undriven("/sys/bus/pci/devices") {
+			return "", errNoDriver
+		}
 		if len(consoles) == 0 || left <= 0 {
 			return "", fmt.Errorf("no virtio-serial port %s among %d, on %d devices", name, len(names), len(consoles))
 		}

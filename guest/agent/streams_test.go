@@ -218,6 +218,13 @@ func TestLongArguments(t *testing.T) {
 
 // Connections come and go without leaving anything behind.
 func TestNoLeaks(t *testing.T) {
+	// With the first file that can be waited for, the runtime opens two of its own for good.
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	w.Close()
 	before, fdsBefore := runtime.NumGoroutine(), openFiles(t)
 	for range 5 {
 		t.Run("", func(t *testing.T) {

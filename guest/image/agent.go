@@ -3,7 +3,6 @@ package image
 import (
 	"context"
 	"fmt"
-	"io"
 )
 
 // AgentSegment returns an archive with the executable exe as /init, to be placed behind an initramfs or to be one by
@@ -41,15 +40,7 @@ func (s *Store) Init(ctx context.Context, exe string) (string, error) {
 		}
 		parts = append(parts, file.dest, k.String())
 	}
-	return s.Build(ctx, "init", KeyOf(parts...), func(w io.Writer) error {
-		a, err := newArchive(t)
-		if err != nil {
-			return err
-		}
-		defer a.Close()
-		_, err = a.WriteTo(w)
-		return err
-	})
+	return s.Build(ctx, "init", KeyOf(parts...), t.writeArchive)
 }
 
 func agentTree(exe string) (tree, *program, error) {

@@ -34,6 +34,17 @@ type part struct {
 	r   io.ReaderAt
 }
 
+// writeArchive writes t to w as an archive.
+func (t tree) writeArchive(w io.Writer) error {
+	a, err := newArchive(t)
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	_, err = a.WriteTo(w)
+	return err
+}
+
 // newArchive lays out t. The order of entries and every byte of the headers depend on t alone.
 func newArchive(t tree) (a *Archive, err error) {
 	a = &Archive{}

@@ -97,13 +97,7 @@ func Initramfs(ctx context.Context, o Options, progress func(Progress)) (string,
 			return err
 		}
 		progress(Progress{Step: stepArchive, Steps: steps, Text: "Writing the guest image"})
-		a, err := newArchive(t)
-		if err != nil {
-			return err
-		}
-		defer a.Close()
-		_, err = a.WriteTo(w)
-		return err
+		return t.writeArchive(w)
 	})
 	if err != nil {
 		return "", err

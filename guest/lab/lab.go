@@ -36,6 +36,9 @@ const (
 	// It also cannot run code that another CPU is patching, as QEMU before 8.1 may.
 	DefaultCPUs = 1
 
+	// MaxCPUs is how many CPUs a lab may have.
+	MaxCPUs = 64
+
 	startTimeout = 120 * time.Second // for boot or restore, on a busy host
 	leaveTimeout = 30 * time.Second  // for writing back the shares at the end
 
@@ -172,8 +175,8 @@ func (cfg *Config) complete() (err error) {
 	if cfg.Memory < 256<<20 || cfg.Memory%(1<<20) != 0 {
 		return fmt.Errorf("memory of %d bytes: must be whole MiB, at least 256", cfg.Memory)
 	}
-	if cfg.CPUs < 0 || cfg.CPUs > 64 {
-		return fmt.Errorf("%d CPUs: must be 1 to 64", cfg.CPUs)
+	if cfg.CPUs < 0 || cfg.CPUs > MaxCPUs {
+		return fmt.Errorf("%d CPUs: must be 1 to %d", cfg.CPUs, MaxCPUs)
 	}
 	if cfg.Progress == nil {
 		cfg.Progress = func(string) {}

@@ -6,17 +6,17 @@
 package main
 
 import (
-	"errors"
 	"flag"
 	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/kvmlet/kvmlet/scripts/internal/gofiles"
 )
 
 func main() {
@@ -41,23 +41,7 @@ func main() {
 // check looks at all Go files in and below root, other modules left out.
 func check(root string) ([]string, error) {
 	var found []string
-	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		if d.IsDir() && path != root {
-			if strings.HasPrefix(d.Name(), ".") || d.Name() == "testdata" {
-				return fs.SkipDir
-			}
-			if _, err := os.Stat(filepath.Join(path, "go.mod")); err == nil {
-				return fs.SkipDir
-			} else if !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-		}
-		if d.IsDir() || filepath.Ext(path) != ".go" {
-			return nil
-		}
+	err := gofiles.Walk(root, func(path string) error {
 		fset := token.NewFileSet()
 		f, err := parser.ParseFile(fset, path, nil, parser.ParseComments|parser.SkipObjectResolution)
 		if err != nil {

@@ -8,19 +8,19 @@
 package main
 
 import (
-	"errors"
 	"flag"
 	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/kvmlet/kvmlet/scripts/internal/gofiles"
 )
 
 // target is a fuzz function.
@@ -63,21 +63,8 @@ func main() {
 // find returns the fuzz targets in and below root, in order.
 func find(root string) ([]target, error) {
 	var targets []target
-	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		if d.IsDir() && path != root {
-			if strings.HasPrefix(d.Name(), ".") || d.Name() == "testdata" {
-				return fs.SkipDir
-			}
-			if _, err := os.Stat(filepath.Join(path, "go.mod")); err == nil {
-				return fs.SkipDir // another module
-			} else if !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-		}
-		if d.IsDir() || !strings.HasSuffix(path, "_test.go") {
+	err := gofiles.Walk(root, func(path string) error {
+		if !strings.HasSuffix(path, "_test.go") {
 			return nil
 		}
 		f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)

@@ -42,6 +42,7 @@ type report struct {
 	running                 map[testID]time.Time
 	counts                  map[string]*counts // by package
 	failures                []failure
+	skips                   []string  // a line each
 	last                    time.Time // when something was shown
 }
 
@@ -132,7 +133,9 @@ func (r *report) endTest(id testID, e event) {
 		}
 	case "skip":
 		c.skipped++
-		r.show("skip  %s %s: %s\n", short(id.pkg), id.test, reason(out))
+		line := fmt.Sprintf("skip  %s %s: %s\n", short(id.pkg), id.test, reason(out))
+		r.skips = append(r.skips, line)
+		r.show("%s", line)
 	case "fail":
 		c.failed++
 		r.fail(id, out)
@@ -206,10 +209,13 @@ func (r *report) idle(now time.Time) {
 	r.last = now
 }
 
-// close shows the failures once more and the closing line. It says whether the whole must count as failed.
+// close shows what was skipped and what failed once more, and the closing line. It says whether the whole must count as failed.
 func (r *report) close() bool {
 	for _, c := range r.counts { // packages that never ended: the command died
 		r.passed, r.failed, r.skipped = r.passed+c.passed, r.failed+c.failed, r.skipped+c.skipped
+	}
+	if len(r.skips) > 0 {
+		fmt.Fprintf(r.w, "\nSkipped:\n%s", strings.Join(r.skips, ""))
 	}
 	if len(r.failures) > 0 {
 		fmt.Fprint(r.w, "\nFailures:\n")

@@ -29,7 +29,7 @@ func TestReport(t *testing.T) {
 {"Action":"skip","Package":"p","Test":"TestC"}
 {"Action":"output","Package":"p","Output":"PASS\n"}
 {"Action":"pass","Package":"p","Elapsed":4}`,
-			want: []string{"p TestA (3.5s)", "skip  p TestC: c_test.go:3: no network here", "ok    p (4.0s): 2 passed, 0 failed, 1 skipped"},
+			want: []string{"p TestA (3.5s)", "skip  p TestC: c_test.go:3: no network here", "ok    p (4.0s): 2 passed, 0 failed, 1 skipped", "Skipped:\nskip  p TestC: c_test.go:3: no network here\n"},
 			last: "2 passed, 0 failed, 1 skipped",
 		},
 		{

@@ -88,7 +88,7 @@ type Function struct {
 	configVector atomic.Uint32 // vector of configuration changes, or noVector
 	msixOn       atomic.Bool   // MSI-X is enabled; written under mu
 	intx         line
-	needsReset   atomic.Bool
+	answered     atomic.Uint64 // needed at the last reset: while they differ, the device needs another
 	generation   atomic.Uint32 // of the device configuration
 
 	interrupts, held, doorbells, resets, needed, hostErrors atomic.Uint64

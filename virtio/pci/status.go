@@ -8,7 +8,7 @@ import (
 )
 
 func (f *Function) readStatus() virtio.Status {
-	if f.needsReset.Load() {
+	if f.needed.Load() != f.answered.Load() {
 		return f.status | virtio.StatusNeedsReset
 	}
 	return f.status
@@ -106,7 +106,7 @@ func (f *Function) reset() {
 // as they are.
 func (f *Function) clear() {
 	f.status = 0
-	f.needsReset.Store(false)
+	f.answered.Store(f.needed.Load())
 	f.driver = driverRegs{}
 	f.mapVector(&f.configVector, noVector)
 	for i := range f.queues {
@@ -121,9 +121,9 @@ func (f *Function) clear() {
 // NeedsReset implements virtio.Transport: the status shows DEVICE_NEEDS_RESET until the driver resets the device, and a
 // configuration change tells it to look (virtio 1.2, 2.1.2).
 func (f *Function) NeedsReset() {
-	if f.needsReset.Swap(true) {
-		return
+	// One word is both the count and what the status shows, so nobody sees the bit before it is counted.
+	if n := f.answered.Load(); !f.needed.CompareAndSwap(n, n+1) {
+		return // it is asked for already
 	}
-	f.needed.Add(1)
 	_ = f.configInterrupt() // counted; the status still says it
 }

@@ -14,6 +14,9 @@ const (
 	// below IOV_MAX (1024), and no driver comes near it.
 	maxSegments = 768
 
+	// gsoTypeOffset is where gso_type is in the header (virtio 1.2, 5.1.6).
+	gsoTypeOffset = 1
+
 	// numBuffersOffset is where num_buffers is in the header (virtio 1.2, 5.1.6).
 	numBuffersOffset = 10
 
@@ -35,6 +38,7 @@ type receiver struct {
 	queue *queue.Queue
 	merge bool // a frame may use several buffers
 	want  int  // bytes that the window should hold
+	limit int  // bytes of the longest frame, with its header, that the MTU allows
 
 	buffers []buffer // circular
 	first   int      // index of the window's first buffer
@@ -60,7 +64,12 @@ func newReceiver(d *Device, a *activation, q *queue.Queue) *receiver {
 	if r.merge {
 		n = int(q.Size())
 	}
-	r.want = net.HeaderLen + net.MaxFrame - net.MaxPacket + max(int(d.mtu), defaultMTU)
+	const around = net.HeaderLen + net.MaxFrame - net.MaxPacket // a packet
+	r.limit = spillSize
+	if a.features.Has(FeatureMTU) {
+		r.limit = around + int(d.mtu)
+	}
+	r.want = around + max(int(d.mtu), DefaultMTU)
 	if a.offloads&(net.GuestTSO4|net.GuestTSO6) != 0 {
 		r.want = spillSize
 	}
@@ -99,6 +108,9 @@ func (r *receiver) frames() error {
 		case n < net.HeaderLen:
 			r.dev.stats.rxInvalid.Add(1)
 			continue
+		case n > r.limit && !r.unsegmented():
+			r.dev.stats.rxTooLong.Add(1)
+			continue
 		}
 		ok, err := r.place(n)
 		if err != nil {
@@ -108,10 +120,18 @@ func (r *receiver) frames() error {
 			r.dev.stats.rxTooLong.Add(1)
 			continue
 		}
-		r.push(n)
-		r.dev.stats.rxFrames.Add(1)
+		r.dev.stats.rxFrames.Add(1) // before the driver sees the frame
 		r.dev.stats.rxBytes.Add(uint64(n - net.HeaderLen))
+		r.push(n)
 	}
+}
+
+// unsegmented reports whether the received frame is one that shall still be cut to the MTU: only such a one may be longer
+// once the driver was told the MTU (virtio 1.2, 5.1.4.1).
+func (r *receiver) unsegmented() bool {
+	var h [net.HeaderLen]byte
+	_, _ = r.frame.CopyTo(h[:], 0) // the spill alone is longer
+	return h[gsoTypeOffset]&^net.GSOECN != net.GSONone
 }
 
 // prepare fills the window from the queue, waits if that leaves it empty, and sets frame.

@@ -6,7 +6,7 @@ import "sync/atomic"
 type Stats struct {
 	RxFrames  uint64 // frames that the guest received
 	RxBytes   uint64 // their bytes, without virtio-net headers
-	RxTooLong uint64 // dropped: longer than the guest's buffers can hold
+	RxTooLong uint64 // dropped: longer than the guest's buffers, or the MTU it was told
 	RxInvalid uint64 // dropped: the backend delivered no whole header
 
 	TxFrames    uint64 // frames that the backend took

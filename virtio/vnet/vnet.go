@@ -35,8 +35,8 @@ const statusLinkUp = 1
 // configSize is the length of the part of struct virtio_net_config up to mtu (virtio 1.2, 5.1.4).
 const configSize = 12
 
-// defaultMTU is what a card has that is told nothing else.
-const defaultMTU = 1500
+// DefaultMTU is what a driver takes for a card that tells it nothing.
+const DefaultMTU = 1500
 
 // Limits of Options.
 const (

@@ -186,6 +186,9 @@ func TestBadCommand(t *testing.T) {
 		"probe with an operand": {[]string{"probe", "more"}, "more"},
 		"lab without a command": {[]string{"lab"}, "behind --"},
 		"lab option unknown":    {[]string{"lab", "--warp", "--", "ls"}, "kvmlet lab --help"},
+		"lab without a CPU":     {[]string{"lab", "--cpus", "0", "--", "ls"}, "--cpus 0: want 1 to 64"},
+		"lab of less than none": {[]string{"lab", "--cpus=-1", "--", "ls"}, "--cpus -1: want 1 to 64"},
+		"lab of too many CPUs":  {[]string{"lab", "--cpus", "65", "--", "ls"}, "--cpus 65: want 1 to 64"},
 		"lab memory unreadable": {[]string{"lab", "--memory", "much", "--", "ls"}, "is not a size"},
 	} {
 		t.Run(name, func(t *testing.T) {

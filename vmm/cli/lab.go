@@ -42,26 +42,33 @@ Standard output and error come out here, separately and byte for byte, signals r
 and its exit status is kvmlet's.
 
 The first lab is booted, which takes some seconds, and kept; later ones start from there. The lab
-keeps accidents away from this host's files, not attackers.`,
+keeps accidents away from this host's files, not attackers.
+
+With --tty, Ctrl-A x stops the lab at any time, with everything in it; Ctrl-A a is a Ctrl-A for the
+command.`,
 		Example: `  kvmlet lab -- ls -l /dev/kvm
   kvmlet lab --share . -- ./kvmlet run --accel kvm -- uname -a
   go test -exec 'kvmlet lab --share . --' ./vmm`,
 		Args: func(cmd *cobra.Command, args []string) error {
-			if len(args) == 0 {
+			switch {
+			case len(args) == 0:
 				return errors.New("no command given: it stands behind --, as in `kvmlet lab -- ls -l /dev/kvm`")
+			case o.cpus < 1 || o.cpus > lab.MaxCPUs:
+				return fmt.Errorf("--cpus %d: want 1 to %d", o.cpus, lab.MaxCPUs)
 			}
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cfg := lab.Config{Args: args, Shares: o.shares, Memory: int64(o.memory), CPUs: o.cpus, Icount: o.icount}
-			return runLab(cmd.Context(), s, cfg, labView{tty: o.tty && s.interactive()})
+			tty := o.tty && s.interactive()
+			return runLab(cmd.Context(), s, cfg, labView{tty: tty, escape: tty})
 		},
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false) // what follows the command's name is the command's, also without --
 	f.StringArrayVar(&o.shares, "share", nil, "let the command change this `DIR` or file of the host; may be repeated")
 	f.Var(&o.memory, "memory", "the lab's memory, a `SIZE`; the host gives what is used of it")
-	f.IntVar(&o.cpus, "cpus", lab.DefaultCPUs, "`NUMBER` of the lab's CPUs")
+	f.IntVar(&o.cpus, "cpus", lab.DefaultCPUs, fmt.Sprintf("`NUMBER` of the lab's CPUs, 1 to %d", lab.MaxCPUs))
 	f.BoolVar(&o.icount, "icount", false, "let the lab's clock count instructions instead of time")
 	f.BoolVarP(&o.tty, "tty", "t", false, "give the command a terminal")
 	return cmd
@@ -165,8 +172,12 @@ func createShared(path string) (string, error) {
 // labView is how a command in the lab looks on our terminal.
 type labView struct {
 	tty     bool   // it has the terminal for itself
+	escape  bool   // Ctrl-A x there means us, not the command
 	started string // what is shown from its start to its first output
 }
+
+// errLabLeft is the cause of a lab's end by Ctrl-A x.
+var errLabLeft = errors.New("the lab was stopped")
 
 // runLab connects a lab to our streams and turns its end into an exit status.
 func runLab(ctx context.Context, s streams, cfg lab.Config, v labView) (err error) {
@@ -206,6 +217,12 @@ func runLab(ctx context.Context, s streams, cfg lab.Config, v labView) (err erro
 		}
 	}
 	cfg.Stdin = &firstRead{r: s.in, before: started}
+	if v.escape {
+		var leave context.CancelCauseFunc
+		ctx, leave = context.WithCancelCause(ctx)
+		defer leave(nil)
+		cfg.Stdin = &escapeReader{r: cfg.Stdin, leave: func() { leave(errLabLeft) }}
+	}
 	cfg.Stdout, cfg.Stderr = progress.before(s.out), progress.before(s.err)
 	status, err := lab.Run(ctx, cfg)
 	var start *agent.StartError
@@ -215,6 +232,9 @@ func runLab(ctx context.Context, s streams, cfg lab.Config, v labView) (err erro
 	case err != nil:
 		if v.tty {
 			fprintf(s.out, "\r\n") // off the command's line
+		}
+		if errors.Is(err, errLabLeft) {
+			return &exitError{statusStopped, errLabLeft}
 		}
 		return cmp.Or(leaveError(context.Cause(ctx)), leaveError(err), err)
 	case status.Code != 0:

@@ -7,7 +7,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/schollz/progressbar/v3"
+	"github.com/cheggaaa/pb/v3"
 
 	"github.com/kvmlet/kvmlet/guest/image"
 )
@@ -19,7 +19,7 @@ type progress struct {
 	terminal bool
 
 	mu     sync.Mutex // guards what follows
-	bar    *progressbar.ProgressBar
+	bar    *pb.ProgressBar
 	last   string
 	total  int
 	closed bool
@@ -57,26 +57,40 @@ func (p *progress) step(s string, done, total int) {
 		}
 		return
 	}
-	if total <= 0 {
-		total = -1 // a spinner
-	}
-	if p.bar == nil || p.total != total {
+	if p.bar == nil || news || (total > 0) != (p.total > 0) {
 		p.clear()
-		p.total = total
-		p.bar = progressbar.NewOptions(total, progressbar.OptionSetWriter(p.w), progressbar.OptionClearOnFinish(),
-			progressbar.OptionThrottle(50*time.Millisecond), progressbar.OptionSetWidth(30), progressbar.OptionSpinnerType(14))
-		news = true
+		p.bar = newBar(p.w, s, total > 0)
+		p.bar.SetTotal(int64(total)).SetCurrent(int64(done)).Write().Start() // from the first tick on its goroutine draws it
 	}
-	if news {
-		p.bar.Describe(s)
+	p.total = total
+	p.bar.SetTotal(int64(total)).SetCurrent(int64(done))
+}
+
+// How long work looks: a bar where its end is known, and something that turns elsewhere.
+const (
+	barLook     = `{{string . "text"}} {{percent . "%3.0f%%"}} {{bar . "|" "█" "█" " " "|"}}  [{{etime .}}:{{rtime .}}]`
+	spinnerLook = `{{cycle . "⠋" "⠙" "⠹" "⠸" "⠼" "⠴" "⠦" "⠧" "⠇" "⠏"}} {{string . "text"}}  [{{etime .}}]`
+	barWidth    = 80 // columns, with the text
+	barRefresh  = 100 * time.Millisecond
+)
+
+func newBar(w io.Writer, text string, known bool) *pb.ProgressBar {
+	b := pb.New(0).Set("text", text).SetMaxWidth(barWidth).SetRefreshRate(barRefresh).SetTemplateString(spinnerLook)
+	if known {
+		b.SetTemplateString(barLook)
 	}
-	_ = p.bar.Set(done) // only the terminal can fail
+	// SetWriter looks at what is set by then.
+	b.Set(pb.Terminal, true).Set(pb.Color, false).Set(pb.CleanOnFinish, true).Set(pb.TimeRound, time.Second).SetWriter(w)
+	if b.Width() <= 0 { // a terminal that does not know its size
+		b.SetWidth(barWidth)
+	}
+	return b
 }
 
 // clear takes the bar off the terminal and ends its goroutine.
 func (p *progress) clear() {
 	if p.bar != nil {
-		_ = p.bar.Finish()
+		p.bar.Finish()
 		p.bar = nil
 	}
 }

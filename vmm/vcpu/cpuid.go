@@ -1,9 +1,12 @@
 package vcpu
 
 import (
+	"encoding/binary"
 	"fmt"
 	"math/bits"
 	"slices"
+
+	"github.com/bobuhiro11/gokvm/cpuid"
 
 	"github.com/kvmlet/kvmlet/vmm/kvm"
 )
@@ -39,7 +42,9 @@ const (
 	leafTopology    = 0xB
 	leafXSAVE       = 0xD
 	leafTopologyV2  = 0x1F
+	leafExtended    = 0x80000000
 	leafAMDFeatures = 0x80000001
+	leafBrand       = 0x80000002 // the first of brandLeaves
 	leafAMDSize     = 0x80000008
 	leafAMDCache    = 0x8000001D
 	leafAMDTopology = 0x8000001E
@@ -48,6 +53,8 @@ const (
 	ecx1OSXSAVE     = 1 << 27
 	ecx1Hypervisor  = 1 << 31
 	edx1HTT         = 1 << 28
+
+	brandLeaves = 3
 
 	topologySMT  = 1 // level types of leaf 0xB, ECX[15:8]
 	topologyCore = 2
@@ -61,15 +68,49 @@ const (
 	baselineEDX81 = 0x0183F3FF | 1<<11 | 1<<20 | 1<<27 | 1<<29          // AMD's copies of leaf 1, SYSCALL NX RDTSCP LM
 )
 
+// baselineBrand is the baseline's processor name. It names no host, since the guest may move to another.
+const baselineBrand = "kvmlet baseline x86-64-v2"
+
+// brand returns the processor name that the guest sees, 48 bytes in EAX, EBX, ECX and EDX of three leaves, as they are
+// there. KVM has none to offer: the host template asks the host's CPU, which has one unless it is older than long mode.
+func (t Template) brand() (b [brandLeaves * 16]byte) {
+	if t == Baseline {
+		copy(b[:], baselineBrand)
+		return b
+	}
+	if last, _, _, _ := cpuid.CPUID(leafExtended); last < leafBrand+brandLeaves-1 {
+		return b
+	}
+	for i := range brandLeaves {
+		eax, ebx, ecx, edx := cpuid.CPUID(leafBrand + uint32(i))
+		for j, v := range [...]uint32{eax, ebx, ecx, edx} {
+			binary.LittleEndian.PutUint32(b[i*16+j*4:], v)
+		}
+	}
+	return b
+}
+
+// nameLeaves spells brand.
+func nameLeaves(brand [brandLeaves * 16]byte) []kvm.CPUIDEntry {
+	entries := make([]kvm.CPUIDEntry, brandLeaves)
+	for i := range entries {
+		word := func(j int) uint32 { return binary.LittleEndian.Uint32(brand[i*16+j*4:]) }
+		entries[i] = kvm.CPUIDEntry{Function: leafBrand + uint32(i), Eax: word(0), Ebx: word(1), Ecx: word(2), Edx: word(3)}
+	}
+	return entries
+}
+
 // CPUID returns the leaves of vCPU id of a machine with n vCPUs: one socket, one core each, one thread per core, with
 // APIC ids 0 to n-1. supported is what kvm.System.SupportedCPUID returned; it is not changed. tscDeadline says that the
 // in-kernel APIC has a TSC deadline timer, which KVM does not put into its list.
 func (t Template) CPUID(supported []kvm.CPUIDEntry, id, n int, tscDeadline bool) []kvm.CPUIDEntry {
-	entries := make([]kvm.CPUIDEntry, 0, len(supported)+4)
+	entries := make([]kvm.CPUIDEntry, 0, len(supported)+4+brandLeaves)
 	for _, e := range supported {
 		switch e.Function {
 		case leafTopology, leafTopologyV2, leafPerfMon, leafMonitor:
 			continue // the topology is ours; there is no virtual PMU and no MWAIT
+		case leafBrand, leafBrand + 1, leafBrand + 2:
+			continue // zero, where KVM lists them
 		}
 		if t == Baseline && !mask(&e) {
 			continue
@@ -81,6 +122,7 @@ func (t Template) CPUID(supported []kvm.CPUIDEntry, id, n int, tscDeadline bool)
 	if maxLeaf(supported) >= leafTopologyV2 {
 		entries = append(entries, topology(leafTopologyV2, id, n)...)
 	}
+	entries = append(entries, nameLeaves(t.brand())...)
 	slices.SortStableFunc(entries, func(a, b kvm.CPUIDEntry) int {
 		return int(int64(a.Function)<<8+int64(a.Index)) - int(int64(b.Function)<<8+int64(b.Index))
 	})
@@ -149,6 +191,8 @@ func adjust(e *kvm.CPUIDEntry, id, n int, tscDeadline bool) {
 		if e.Function == leafCache {
 			e.Eax |= min(cores, 63) << 26
 		}
+	case leafExtended:
+		e.Eax = max(e.Eax, leafBrand+brandLeaves-1) // EAX: the last extended leaf
 	case leafAMDSize:
 		// ECX: threads in the package 7:0, bits of the APIC id that number them 15:12.
 		if e.Ecx != 0 || n > 1 {

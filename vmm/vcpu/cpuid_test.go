@@ -1,6 +1,9 @@
 package vcpu
 
 import (
+	"encoding/binary"
+	"os"
+	"strings"
 	"testing"
 
 	"github.com/kvmlet/kvmlet/vmm/kvm"
@@ -22,7 +25,10 @@ func supported() []kvm.CPUIDEntry {
 		{Function: 0xB, Index: 0, Flags: kvm.CPUIDSignificantIndex, Edx: 77},
 		{Function: 0xD, Index: 0, Flags: kvm.CPUIDSignificantIndex, Eax: 7},
 		{Function: 0x4000_0000, Eax: 0x4000_0001, Ebx: 0x4b4d564b},
+		{Function: 0x8000_0000, Eax: 0x8000_0001, Ebx: 0x68747541, Ecx: 0x444d4163, Edx: 0x69746e65},
 		{Function: 0x8000_0001, Ecx: 0xFFFF_FFFF, Edx: 0xFFFF_FFFF},
+		{Function: 0x8000_0002},
+		{Function: 0x8000_0003, Eax: 0xFFFF_FFFF},
 		{Function: 0x8000_0008, Ecx: 0x7007},
 		{Function: 0x8000_001D, Index: 3, Flags: kvm.CPUIDSignificantIndex, Eax: 0x63 | 3<<14},
 		{Function: 0x8000_001E, Eax: 99, Ebx: 0x101, Ecx: 5},
@@ -143,6 +149,43 @@ func TestBaselineTemplate(t *testing.T) {
 	const lm, nx, syscall = 1 << 29, 1 << 20, 1 << 11
 	if e := find(t, l, 0x8000_0001, 0); e.Edx&(lm|nx|syscall) != lm|nx|syscall || e.Ecx != 1 {
 		t.Errorf("leaf 0x80000001 is %+v", e)
+	}
+}
+
+// TestBrand reads the processor's name as Linux does: the host's own under the host template, and a fixed one that says
+// nothing about the host under the baseline.
+func TestBrand(t *testing.T) {
+	t.Parallel()
+	info, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, own, _ := strings.Cut(string(info), "model name\t: ")
+	own, _, _ = strings.Cut(own, "\n")
+	for template, want := range map[Template]string{Host: own, Baseline: "kvmlet baseline x86-64-v2"} {
+		for _, last := range []uint32{0x8000_0001, 0x8000_0021} {
+			in := supported()
+			for i := range in {
+				if in[i].Function == 0x8000_0000 {
+					in[i].Eax = last
+				}
+			}
+			l := template.CPUID(in, 0, 1, true)
+			if e := find(t, l, 0x8000_0000, 0); e.Eax != max(last, 0x8000_0004) || e.Ebx != 0x68747541 {
+				t.Errorf("%s: leaf 0x80000000 is %+v after one that ends at %#x", template, e, last)
+			}
+			var b []byte
+			for leaf := uint32(0x8000_0002); leaf <= 0x8000_0004; leaf++ {
+				e := find(t, l, leaf, 0)
+				for _, v := range []uint32{e.Eax, e.Ebx, e.Ecx, e.Edx} {
+					b = binary.LittleEndian.AppendUint32(b, v)
+				}
+			}
+			name, _, _ := strings.Cut(string(b), "\x00")
+			if strings.Join(strings.Fields(name), " ") != strings.Join(strings.Fields(want), " ") {
+				t.Errorf("%s: the processor is called %q, want %q", template, name, want)
+			}
+		}
 	}
 }
 

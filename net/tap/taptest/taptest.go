@@ -3,6 +3,7 @@ package taptest
 
 import (
 	"encoding/binary"
+	"fmt"
 	"os"
 	"runtime"
 	"testing"
@@ -12,27 +13,37 @@ import (
 	"github.com/kvmlet/kvmlet/net"
 )
 
+// Possible says what this host lacks for Namespace, as labtest.MainWhere wants to know.
+func Possible() error {
+	result := make(chan error)
+	go func() { result <- enter() }() // ends with its thread
+	return <-result
+}
+
+// enter moves the goroutine into a new network namespace, with its thread.
+func enter() error {
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		return fmt.Errorf("there is no tun driver: %w (load it: modprobe tun)", err)
+	}
+	// Never unlocked: the runtime ends a thread whose goroutine ends like this, and does not use it for others.
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("no new network namespace: %w (run the test as root)", err)
+	}
+	return nil
+}
+
 // Namespace moves the test's goroutine into a new network namespace, which is gone when the test ends, with all its
 // devices. The goroutine keeps its thread; what other goroutines open is outside. Without the right to do so the test is
 // skipped, or fails if KVMLET_REQUIRE is "all".
 func Namespace(tb testing.TB) {
 	tb.Helper()
-	if _, err := os.Stat("/dev/net/tun"); err != nil {
-		missing(tb, "there is no tun driver: %v (load it: modprobe tun)", err)
+	if err := enter(); err != nil {
+		if os.Getenv("KVMLET_REQUIRE") == "all" {
+			tb.Fatal(err)
+		}
+		tb.Skip(err)
 	}
-	// Never unlocked: the runtime ends a thread whose goroutine ends like this, and does not use it for others.
-	runtime.LockOSThread()
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		missing(tb, "no new network namespace: %v (run the test as root)", err)
-	}
-}
-
-func missing(tb testing.TB, format string, args ...any) {
-	tb.Helper()
-	if os.Getenv("KVMLET_REQUIRE") == "all" {
-		tb.Fatalf(format, args...)
-	}
-	tb.Skipf(format, args...)
 }
 
 // Echo describes ICMP echo messages over IPv4 between a guest and its host.
