@@ -176,9 +176,14 @@ func (f *File) Flush() error {
 	return f.failed
 }
 
-// Close closes the file, which also ends its lock.
+// Close closes the file, which also ends its lock. A second Close returns os.ErrClosed.
 func (f *File) Close() error {
-	if err := unix.Close(f.fd); err != nil {
+	fd := f.fd
+	if fd < 0 {
+		return fmt.Errorf("close disk %s: %w", f.path, os.ErrClosed)
+	}
+	f.fd = -1 // the number may be another file's by the time of a second Close
+	if err := unix.Close(fd); err != nil {
 		return fmt.Errorf("close disk %s: %w", f.path, err)
 	}
 	return nil

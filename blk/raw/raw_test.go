@@ -87,6 +87,9 @@ func TestReadWrite(t *testing.T) {
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
+	if err := f.Close(); !errors.Is(err, os.ErrClosed) { // and closes nobody else's file
+		t.Errorf("second close: %v", err)
+	}
 	file := contents(t, path)
 	if len(file) != size || !bytes.Equal(file[12345:12345+len(want)], want) {
 		t.Error("the file holds something else")

@@ -144,4 +144,14 @@ func (s *System) CreateVM() (*VM, error) {
 }
 
 // Close closes /dev/kvm. VMs made from it live on.
-func (s *System) Close() error { return unix.Close(s.fd) }
+func (s *System) Close() error { return closeOnce(&s.fd) }
+
+// closeOnce closes a file. Its number may be another file's by the time of a second call, which returns os.ErrClosed.
+func closeOnce(fd *int) error {
+	n := *fd
+	if n < 0 {
+		return os.ErrClosed
+	}
+	*fd = -1
+	return unix.Close(n)
+}

@@ -3,6 +3,7 @@ package kvm
 import (
 	"errors"
 	"fmt"
+	"os"
 	"sync/atomic"
 
 	gokvm "github.com/bobuhiro11/gokvm/kvm"
@@ -49,7 +50,12 @@ func newVCPU(fd, mmapSize int) (*VCPU, error) {
 }
 
 // Close unmaps and closes the vCPU. It must not be running.
-func (v *VCPU) Close() error { return errors.Join(unix.Munmap(v.page), unix.Close(v.fd)) }
+func (v *VCPU) Close() error {
+	if v.fd < 0 {
+		return os.ErrClosed
+	}
+	return errors.Join(unix.Munmap(v.page), closeOnce(&v.fd))
+}
 
 // ErrInterrupted reports that Run came back because of Interrupt or a signal and not because of the guest. What the
 // guest had asked for before is complete then.

@@ -96,4 +96,4 @@ func (m *VM) CreateVCPU(id int) (*VCPU, error) {
 }
 
 // Close releases the machine. vCPUs are closed first.
-func (m *VM) Close() error { return unix.Close(m.fd) }
+func (m *VM) Close() error { return closeOnce(&m.fd) }
