@@ -2,10 +2,7 @@ package vconsole
 
 import (
 	"io"
-	"os"
-	"runtime"
 	"testing"
-	"time"
 
 	"github.com/kvmlet/kvmlet/virtio/queue/queuetest"
 )
@@ -56,21 +53,14 @@ func BenchmarkPort(b *testing.B) {
 
 // TestNoLeaks runs and resets devices and looks at what is left.
 func TestNoLeaks(t *testing.T) {
-	before, files := runtime.NumGoroutine(), openFiles(t)
+	check := queuetest.Leaks(t)
 	for range 20 {
 		t.Run("", func(t *testing.T) {
 			d := newDevice(t, Options{Console: true, Ports: []string{agent, "other"}})
 			openWithConsole3(t, d)
 		})
 	}
-	for deadline := time.Now().Add(queuetest.Timeout); runtime.NumGoroutine() > before; runtime.Gosched() {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d goroutines, %d before", runtime.NumGoroutine(), before)
-		}
-	}
-	if n := openFiles(t); n > files {
-		t.Errorf("%d open files, %d before", n, files)
-	}
+	check()
 }
 
 func openWithConsole3(tb testing.TB, d *Device) {
@@ -81,13 +71,4 @@ func openWithConsole3(tb testing.TB, d *Device) {
 		g.control(id, eventPortOpen, 1)
 	}
 	writeLater(d.Port(agent), []byte("never taken"))
-}
-
-func openFiles(tb testing.TB) int {
-	tb.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		tb.Fatal(err)
-	}
-	return len(entries)
 }

@@ -340,14 +340,7 @@ func bench(b *testing.B, op func(*raw, testing.TB)) {
 
 // TestNoLeaks runs and resets devices and looks at what is left.
 func TestNoLeaks(t *testing.T) {
-	// With the first file that can be waited for, the runtime opens two of its own for good.
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.Close()
-	w.Close()
-	before, files := runtime.NumGoroutine(), openFiles(t)
+	check := queuetest.Leaks(t)
 	for range 20 {
 		t.Run("", func(t *testing.T) {
 			c := plug(t, all, 1, Options{})
@@ -356,21 +349,5 @@ func TestNoLeaks(t *testing.T) {
 			c.fill(4)
 		})
 	}
-	for deadline := time.Now().Add(queuetest.Timeout); runtime.NumGoroutine() > before; runtime.Gosched() {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d goroutines, %d before", runtime.NumGoroutine(), before)
-		}
-	}
-	if n := openFiles(t); n > files {
-		t.Errorf("%d open files, %d before", n, files)
-	}
-}
-
-func openFiles(tb testing.TB) int {
-	tb.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		tb.Fatal(err)
-	}
-	return len(entries)
+	check()
 }
