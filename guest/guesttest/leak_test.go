@@ -32,7 +32,7 @@ func checkUsage(t *testing.T, before used) {
 type used struct {
 	goroutines, files int
 	mappings          int // of files and the kernel's objects
-	large             int // writable anonymous mappings of a guest's size
+	large             int // rows of writable mappings, of a guest's size: files are mapped into guest memory
 }
 
 func (u used) String() string {
@@ -50,16 +50,23 @@ func usage(t *testing.T) used {
 		t.Fatal(err)
 	}
 	u := used{goroutines: runtime.NumGoroutine(), files: len(files)}
+	var row, end uint64 // size and end of the row of writable mappings so far
 	for line := range strings.Lines(string(maps)) {
 		fields := strings.Fields(line)
 		if len(fields) > 4 && fields[4] != "0" { // the inode
 			u.mappings++
+		}
+		var first, last uint64
+		if _, err := fmt.Sscanf(line, "%x-%x rw", &first, &last); err != nil {
 			continue
 		}
-		var first, end uint64
-		if _, err := fmt.Sscanf(line, "%x-%x rw", &first, &end); err == nil && end-first >= smallMemory {
+		if first != end {
+			row = 0
+		}
+		if row < smallMemory && row+last-first >= smallMemory {
 			u.large++
 		}
+		row, end = row+last-first, last
 	}
 	return u
 }
