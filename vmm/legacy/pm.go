@@ -130,10 +130,13 @@ func (m *PM) WritePort(port uint16, p []byte) {
 }
 
 // PressPowerButton reports a press of the power button to the guest, and whether the guest listens for it. Any goroutine
-// may call it.
+// may call it; after Close nobody listens.
 func (m *PM) PressPowerButton() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.closed {
+		return false
+	}
 	m.st.Status |= pmButton
 	m.update()
 	return m.st.Enable&pmButton != 0
@@ -158,8 +161,11 @@ func (m *PM) advance() bool {
 	return true
 }
 
-// update brings the interrupt line up to date, and the timer to the count's next event.
+// update brings the interrupt line up to date, and the timer to the count's next event. After Close it does neither.
 func (m *PM) update() {
+	if m.closed {
+		return
+	}
 	if level := m.st.Status&m.st.Enable&pmEvents != 0; level != m.line {
 		m.line = level
 		m.irq.set(level)
@@ -167,7 +173,7 @@ func (m *PM) update() {
 	if m.timer != nil {
 		m.timer.Stop()
 	}
-	if m.st.Enable&pmTimer == 0 || m.line || m.closed {
+	if m.st.Enable&pmTimer == 0 || m.line {
 		return
 	}
 	left := 1<<31 - m.seen&(1<<31-1)
@@ -214,11 +220,13 @@ func (m *PM) Restore(st PMState) error {
 	return nil
 }
 
-// Close stops the timer for good. The registers keep answering the guest.
+// Close stops the timer for good. The registers keep answering the guest; the interrupt line stays as it is.
 func (m *PM) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.closed = true
-	m.update()
+	if m.timer != nil {
+		m.timer.Stop() // one that has expired finds the PM closed
+	}
 	return nil
 }

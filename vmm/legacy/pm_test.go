@@ -208,6 +208,27 @@ func TestPMState(t *testing.T) {
 	})
 }
 
+// TestPMClosed wants the line left alone after Close: what it leads to is gone by then.
+func TestPMClosed(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m, irq := newTestPM(t)
+		m.put(PMEvent+2, 2, pmTimer|pmButton)
+		if err := m.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if m.PressPowerButton() {
+			t.Error("a closed PM listens to the button")
+		}
+		time.Sleep(time.Hour)
+		m.expire() // as a timer does that expired just before Close
+		synctest.Wait()
+		m.put(PMEvent+2, 2, pmTimer)
+		irq.want(false, 0)
+		wantReg(t, "status", m.get(PMEvent, 2), pmTimer)
+	})
+}
+
 func TestPMConcurrent(t *testing.T) {
 	t.Parallel()
 	m, _ := newTestPM(t)

@@ -245,6 +245,7 @@ func (r *RTC) advance() {
 }
 
 // arm brings C's summary bit and the interrupt line up to date, and the timer to the next event that would raise it.
+// After Close it only does the first.
 func (r *RTC) arm() {
 	c := &r.st.CMOS
 	c[rtcC] &^= rtcIRQ
@@ -253,6 +254,9 @@ func (r *RTC) arm() {
 	if pending {
 		c[rtcC] |= rtcIRQ
 	}
+	if r.closed {
+		return
+	}
 	if pending != r.line {
 		r.line = pending
 		r.irq.set(pending)
@@ -260,7 +264,7 @@ func (r *RTC) arm() {
 	if r.timer != nil {
 		r.timer.Stop()
 	}
-	if enabled == 0 || pending || r.closed {
+	if enabled == 0 || pending {
 		return
 	}
 	now := r.now()
@@ -356,12 +360,14 @@ func (r *RTC) Restore(st RTCState) error {
 	return nil
 }
 
-// Close stops the timer for good. The registers keep answering the guest.
+// Close stops the timer for good. The registers keep answering the guest; the interrupt line stays as it is.
 func (r *RTC) Close() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.closed = true
-	r.arm()
+	if r.timer != nil {
+		r.timer.Stop() // one that has expired finds the RTC closed
+	}
 	return nil
 }
 

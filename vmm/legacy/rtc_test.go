@@ -447,3 +447,22 @@ func TestRTCNoAllocations(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 }
+
+// TestRTCClosed wants the line left alone after Close: what it leads to is gone by then.
+func TestRTCClosed(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		r, irq := newTestRTC(t)
+		r.put(rtcB, rtcUpdate|rtc24)
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour)
+		r.expire() // as a timer does that expired just before Close
+		synctest.Wait()
+		irq.want(false, 0)
+		if c := r.get(rtcC); c&(rtcIRQ|rtcUpdate) != rtcIRQ|rtcUpdate {
+			t.Errorf("register C reads %#x", c)
+		}
+	})
+}
