@@ -224,10 +224,9 @@ func (vm *VM) release() error {
 	}
 	if vm.platform.pm != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), flushTime)
-		errs = append(errs, ignoreDeadline(vm.platform.serial[0].Flush(ctx)))
-		cancel()
-		errs = append(errs, vm.platform.serial[0].Close(), vm.platform.serial[1].Close(),
+		errs = append(errs, ignoreDeadline(vm.platform.serial[0].Close(ctx)), vm.platform.serial[1].Close(ctx),
 			vm.platform.rtc.Close(), vm.platform.pm.Close())
+		cancel()
 	}
 	for _, c := range vm.cpus {
 		errs = append(errs, c.Close())

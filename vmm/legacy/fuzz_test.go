@@ -88,7 +88,7 @@ func runSerial(t *testing.T, script []byte) {
 		}
 	}
 	close(typed)
-	if err := s.Close(); err != nil {
+	if err := s.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	<-fed

@@ -20,6 +20,7 @@ const (
 type serialHost struct {
 	room   sync.Cond // the receiver may have room, or the port closed
 	closed bool
+	left   bool // Close gave up on the writer: the goroutine ends as soon as it can
 
 	w         io.Writer     // nil: no one listens, and no goroutine runs
 	out       []byte        // transmitted and not yet taken by the goroutine; capacity is outputSize
@@ -63,7 +64,7 @@ func (s *Serial) Flush(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	h := &s.host
-	for until := h.queued; h.delivered < until; {
+	for until := h.queued; h.delivered < until && !h.left; {
 		if h.progress == nil {
 			h.progress = make(chan struct{})
 		}
@@ -82,20 +83,36 @@ func (s *Serial) Flush(ctx context.Context) error {
 }
 
 // Close ends pending and later calls of Write, delivers what was transmitted and ends the goroutine. It returns the
-// writer's error, if it ever failed. Close waits for a Write of the writer that is under way; close the writer first to
-// give up on it. The registers keep answering the guest; what it transmits from then on is dropped.
-func (s *Serial) Close() error {
+// writer's error, if it ever failed. If ctx is done first, Close gives up on the writer and returns ctx's error: what was
+// not delivered is dropped, and a Write of the writer that is under way is left to end by itself; it has its own bytes
+// and touches nothing else. The registers keep answering the guest; what it transmits from then on is dropped.
+func (s *Serial) Close(ctx context.Context) error {
 	s.mu.Lock()
-	s.host.closed = true
-	s.host.room.Broadcast()
-	if s.host.w != nil {
-		s.wakeOutput()
-		s.mu.Unlock()
-		<-s.host.done
+	defer s.mu.Unlock()
+	h := &s.host
+	h.closed = true
+	h.room.Broadcast()
+	if h.w == nil || h.left {
+		return h.err
+	}
+	s.wakeOutput()
+	s.mu.Unlock()
+	select {
+	case <-h.done:
+		s.mu.Lock()
+		return h.err
+	case <-ctx.Done():
 		s.mu.Lock()
 	}
-	defer s.mu.Unlock()
-	return s.host.err
+	h.left = true
+	h.dropped += h.queued - h.delivered
+	h.out = nil
+	if h.progress != nil {
+		close(h.progress) // Flush has nothing to wait for any more
+		h.progress = nil
+	}
+	s.wakeOutput()
+	return ctx.Err()
 }
 
 // Dropped returns the number of bytes the guest transmitted that found the buffer full, the port closed or the writer
@@ -150,6 +167,10 @@ func (s *Serial) drain() {
 	defer rest.Stop()
 	for {
 		s.mu.Lock()
+		if h.left {
+			s.mu.Unlock()
+			return
+		}
 		if len(h.out) == 0 {
 			if h.closed {
 				s.mu.Unlock()
@@ -180,6 +201,10 @@ func (s *Serial) drain() {
 		spare = chunk
 
 		s.mu.Lock()
+		if h.left {
+			s.mu.Unlock()
+			return
+		}
 		h.delivered += uint64(len(chunk))
 		if err != nil {
 			h.err = err

@@ -65,7 +65,7 @@ func TestSerialOutput(t *testing.T) {
 		if n := g.writes - writes; n != 2 {
 			t.Errorf("10 bytes made %d writes, want 2", n)
 		}
-		if err := s.Close(); err != nil {
+		if err := s.Close(t.Context()); err != nil {
 			t.Error(err)
 		}
 		if s.Dropped() != 0 {
@@ -114,7 +114,7 @@ func TestSerialOutputBackPressure(t *testing.T) {
 		synctest.Wait()
 		irq.want(true, 1)
 		wantByte(t, "LSR", s.get(regLSR), lsrEmpty)
-		if err := s.Close(); err != nil {
+		if err := s.Close(t.Context()); err != nil {
 			t.Error(err)
 		}
 		if !bytes.Equal(g.got, want) {
@@ -143,19 +143,58 @@ func TestSerialFlush(t *testing.T) {
 		}
 		s.put(regData, 'y')
 		close(g.pass)
-		if err := s.Close(); err != nil || string(g.got) != "xy" {
+		if err := s.Close(t.Context()); err != nil || string(g.got) != "xy" {
 			t.Errorf("closed with %q, %v", g.got, err)
 		}
 		s.put(regData, 'z')
 		if s.Dropped() != 1 {
 			t.Errorf("%d dropped after Close, want 1", s.Dropped())
 		}
-		if err := s.Close(); err != nil {
+		if err := s.Close(t.Context()); err != nil {
 			t.Error("second close:", err)
 		}
 		if err := s.Flush(t.Context()); err != nil {
 			t.Error("flush after close:", err)
 		}
+	})
+}
+
+// TestSerialCloseGivesUp closes a port whose writer never returns.
+func TestSerialCloseGivesUp(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		irq := &pin{t: t}
+		s := NewSerial(COM1Port, g, irq.set)
+		s.put(regIER, ierTHRE)
+		s.put(regData, 'a')
+		synctest.Wait() // the goroutine is stuck with this byte
+		for s.get(regLSR)&lsrEmpty != 0 {
+			s.put(regData, 'b')
+		}
+		lost := s.host.queued
+		rises := irq.rises.Load()
+		flushed := make(chan error)
+		go func() { flushed <- s.Flush(t.Context()) }()
+		synctest.Wait()
+
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		for range 2 { // the second time at once
+			if err := s.Close(ctx); err != nil && !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("close: %v", err)
+			}
+		}
+		if err := <-flushed; err != nil {
+			t.Errorf("flush: %v", err)
+		}
+		close(g.pass) // the goroutine has to end here, and to leave the port alone
+		synctest.Wait()
+		<-s.host.done
+		if string(g.got) != "a" || s.Dropped() != lost {
+			t.Errorf("%q came out, %d dropped, want a and %d", g.got, s.Dropped(), lost)
+		}
+		irq.want(irq.level.Load(), rises)
 	})
 }
 
@@ -191,7 +230,7 @@ func TestSerialOutputError(t *testing.T) {
 			if got := s.Dropped(); got != tc.lost+2*outputSize {
 				t.Errorf("%d dropped, want %d", got, tc.lost+2*outputSize)
 			}
-			if err := s.Close(); !errors.Is(err, tc.want) {
+			if err := s.Close(t.Context()); !errors.Is(err, tc.want) {
 				t.Errorf("close: %v, want %v", err, tc.want)
 			}
 		})
@@ -287,7 +326,7 @@ func TestSerialInputWakes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewSerial(COM1Port, nil, nil)
 		s.put(regMCR, mcrRTS)
-		go func() { synctest.Wait(); s.Close() }()
+		go func() { synctest.Wait(); s.Close(t.Context()) }()
 		if n, err := s.Write([]byte("ab")); n != 1 || !errors.Is(err, os.ErrClosed) {
 			t.Errorf("write ended by Close: %d, %v", n, err)
 		}
@@ -332,7 +371,7 @@ func TestSerialConcurrent(t *testing.T) {
 	if err := s.Flush(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if err := s.Close(); err != nil {
+	if err := s.Close(t.Context()); err != nil {
 		t.Error(err)
 	}
 	close(stop)

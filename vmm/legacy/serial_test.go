@@ -351,7 +351,7 @@ func TestSerialRestoreRejects(t *testing.T) {
 
 func TestSerialNoAllocations(t *testing.T) {
 	s := NewSerial(COM1Port, discard{}, func(bool) {})
-	defer s.Close()
+	defer s.Close(t.Context())
 	s.put(regIER, ierTHRE|ierData)
 	p := []byte{'x'}
 	if n := testing.AllocsPerRun(5000, func() {
@@ -383,7 +383,7 @@ func (discard) Write(p []byte) (int, error) { return len(p), nil }
 
 func BenchmarkSerialTransmit(b *testing.B) {
 	s := NewSerial(COM1Port, discard{}, func(bool) {})
-	defer s.Close()
+	defer s.Close(b.Context())
 	p := []byte{'x'}
 	for b.Loop() {
 		s.WritePort(COM1Port, p)
