@@ -16,7 +16,7 @@ import (
 )
 
 // Machine is what a vCPU's exits are addressed to. Its methods are called on the vCPU's own thread, from several vCPUs
-// at once, and must not call back into the vCPU.
+// at once. Of the vCPU's methods they may call RequestStop, ID and Exits; the others would wait for the caller.
 type Machine interface {
 	// PortIO carries out the access: data holds units of size bytes, written by the guest or to be filled.
 	PortIO(port uint16, size int, write bool, data []byte)
@@ -64,7 +64,7 @@ type VCPU struct {
 	mu     sync.Mutex
 	cond   sync.Cond // signalled when want or parked changes
 	want   state     // what the owner asks for
-	parked bool      // the thread is not in KVM_RUN and will not enter it until want changes
+	parked bool      // the thread is not in KVM_RUN and will not enter it until want changes; no access is incomplete
 	tid    int       // the thread, once it runs
 	done   chan struct{}
 }
@@ -90,12 +90,13 @@ func (v *VCPU) ID() int { return v.id }
 // Exits returns how often the guest left KVM_RUN for the VMM.
 func (v *VCPU) Exits() uint64 { return v.exits.Load() }
 
-// Start makes the vCPU's thread. The vCPU is paused; Resume lets it run.
+// Start makes the vCPU's thread. The vCPU is paused; Resume lets it run. If the vCPU is stopped before or meanwhile, the
+// thread ends at once.
 func (v *VCPU) Start() {
 	go v.loop()
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	for !v.parked {
+	for !v.parked && v.want != stopped {
 		v.cond.Wait()
 	}
 }
@@ -103,8 +104,8 @@ func (v *VCPU) Start() {
 // Resume lets the vCPU enter the guest.
 func (v *VCPU) Resume() { v.set(running) }
 
-// Pause returns when the vCPU is outside the guest, with its last exit's access complete. It must not be called from
-// Machine's methods.
+// Pause returns when the vCPU is outside the guest, with its last exit's access complete: what the guest read is in its
+// register, and RIP is behind the instruction. It must not be called from Machine's methods.
 func (v *VCPU) Pause() {
 	v.set(paused)
 	v.mu.Lock()
@@ -149,8 +150,12 @@ func (v *VCPU) loop() {
 	v.mu.Lock()
 	v.tid = unix.Gettid()
 	v.mu.Unlock()
-	for v.mayRun() {
-		switch err := v.kvm.Run(); {
+	incomplete := false
+	for v.mayRun(incomplete) {
+		err := v.kvm.Run()
+		// KVM completes an access when it is entered again: it loads the register and moves RIP (api.rst, 5, kvm_run).
+		incomplete = err == nil
+		switch {
 		case err == nil:
 			v.exits.Add(1)
 			err = v.dispatch()
@@ -165,11 +170,13 @@ func (v *VCPU) loop() {
 	}
 }
 
-// mayRun parks the thread while the vCPU is paused. It returns false when it is to end.
-func (v *VCPU) mayRun() bool {
+// mayRun parks the thread while the vCPU is paused. It returns false when it is to end. With an access to complete the
+// thread enters KVM once more first: that has been told to return before it enters the guest. An access of several parts
+// takes one entry for each; KVM ends an instruction that repeats itself between two of them.
+func (v *VCPU) mayRun(incomplete bool) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.want == running {
+	if v.want == running || v.want == paused && incomplete {
 		return true
 	}
 	v.parked = true
