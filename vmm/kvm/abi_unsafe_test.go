@@ -119,9 +119,9 @@ func TestABI(t *testing.T) {
 	sizeOf("kvm_irq_level", size[irqLevel]())
 	sizeOf("kvm_irq_routing", size[routingHeader]())
 	sizeOf("kvm_irq_routing_entry", size[Route]())
-	var rt routing
-	offset("kvm_irq_routing", "entries", unsafe.Offsetof(rt.Entries))
-	offset("kvm_irq_routing_entry", "u", unsafe.Offsetof(rt.Entries[0].U))
+	offset("kvm_irq_routing", "entries", size[routingHeader]())
+	var rt Route
+	offset("kvm_irq_routing_entry", "u", unsafe.Offsetof(rt.U))
 	sizeOf("kvm_irqfd", size[irqfd]())
 	var fd irqfd
 	offset("kvm_irqfd", "gsi", unsafe.Offsetof(fd.GSI))
@@ -156,10 +156,10 @@ func TestABI(t *testing.T) {
 	for name, c := range map[string]Capability{
 		"KVM_CAP_IRQFD": CapIRQFD, "KVM_CAP_IOEVENTFD": CapIOEventFD, "KVM_CAP_TSC_CONTROL": CapTSCControl,
 		"KVM_CAP_MAX_VCPUS": CapMaxVCPUs, "KVM_CAP_SIGNAL_MSI": CapSignalMSI,
-		"KVM_CAP_IOEVENTFD_ANY_LENGTH": CapIOEventFDAnyLen, "KVM_CAP_MAX_VCPU_ID": CapMaxVCPUID,
-		"KVM_CAP_IMMEDIATE_EXIT": CapImmediateExit, "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2": CapDirtyLogProtect2,
-		"KVM_CAP_DIRTY_LOG_RING": CapDirtyLogRing, "KVM_CAP_EXIT_ON_EMULATION_FAILURE": CapExitOnEmulFailure,
-		"KVM_CAP_IRQCHIP": gokvm.CapIRQChip, "KVM_CAP_USER_MEMORY": gokvm.CapUserMemory,
+		"KVM_CAP_IOEVENTFD_ANY_LENGTH": CapIOEventFDAnyLen,
+		"KVM_CAP_IMMEDIATE_EXIT":       CapImmediateExit, "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2": CapDirtyLogProtect2,
+		"KVM_CAP_DIRTY_LOG_RING": CapDirtyLogRing,
+		"KVM_CAP_IRQCHIP":        gokvm.CapIRQChip, "KVM_CAP_USER_MEMORY": gokvm.CapUserMemory,
 		"KVM_CAP_SET_TSS_ADDR": gokvm.CapSetTSSAddr, "KVM_CAP_EXT_CPUID": gokvm.CapEXTCPUID,
 		"KVM_CAP_IRQ_ROUTING": gokvm.CapIRQRouting, "KVM_CAP_PIT2": gokvm.CapPIT2,
 		"KVM_CAP_TSC_DEADLINE_TIMER": CapTSCDeadlineTimer,

@@ -40,6 +40,11 @@ func iow[T any](nr uintptr) uintptr  { return gokvm.IIOW(nr, size[T]()) }
 func ior[T any](nr uintptr) uintptr  { return gokvm.IIOR(nr, size[T]()) }
 func iowr[T any](nr uintptr) uintptr { return gokvm.IIOWR(nr, size[T]()) }
 
+// bytesOf returns the bytes of s, which holds a structure of the kernel's.
+func bytesOf[T any](s []T) []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(s))), uintptr(len(s))*size[T]()) // the same allocation
+}
+
 // address returns the address of mem's first byte for a memory slot. The bytes must not be Go heap.
 func address(mem []byte) uint64 {
 	return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(mem)))) // an mmap'ed page never moves

@@ -66,22 +66,26 @@ func MSIRoute(gsi uint32, addr uint64, data uint32) Route {
 // under KVM_MAX_IRQ_ROUTES (4096).
 const MaxRoutes = 1024
 
-type routing struct {
-	Nr      uint32           // 0
-	Flags   uint32           // 4
-	Entries [MaxRoutes]Route // 8
+// routingHeader is struct kvm_irq_routing without its flexible array: what the ioctl number encodes.
+type routingHeader struct {
+	Nr    uint32 // 0
+	Flags uint32 // 4
 }
 
-type routingHeader struct{ Nr, Flags uint32 }
+// routingTable returns struct kvm_irq_routing with these entries, no larger than they are: a guest that masks and unmasks
+// its vectors has the table set each time.
+func routingTable(routes []Route) []byte {
+	h := routingHeader{Nr: uint32(len(routes))}
+	t := make([]byte, 0, size[routingHeader]()+uintptr(len(routes))*size[Route]())
+	return append(append(t, bytesOf([]routingHeader{h})...), bytesOf(routes)...)
+}
 
 // SetRoutes replaces the machine's whole routing table (api.rst, 4.52).
 func (m *VM) SetRoutes(routes []Route) error {
 	if len(routes) > MaxRoutes {
 		return fmt.Errorf("KVM_SET_GSI_ROUTING: %d routes, at most %d", len(routes), MaxRoutes)
 	}
-	t := routing{Nr: uint32(len(routes))}
-	copy(t.Entries[:], routes)
-	if err := ioctlPtr(m.fd, iow[routingHeader](nrSetGSIRouting), &t); err != nil {
+	if err := ioctlPtr(m.fd, iow[routingHeader](nrSetGSIRouting), &routingTable(routes)[0]); err != nil {
 		return fmt.Errorf("KVM_SET_GSI_ROUTING: %d routes: %w", len(routes), err)
 	}
 	return nil
@@ -124,11 +128,7 @@ type ioEventFD struct {
 	_         [36]uint8 // 28
 }
 
-// Flags of an ioeventfd (linux/kvm.h).
-const (
-	ioEventPIO      = 1 << 1
-	ioEventDeassign = 1 << 2
-)
+const ioEventDeassign = 1 << 2 // KVM_IOEVENTFD_FLAG_DEASSIGN
 
 // AssignIOEvent makes a guest's write of n bytes (1, 2, 4 or 8; 0: any number) to the guest-physical address signal the
 // eventfd, whatever the value, without leaving the kernel (api.rst, 4.59).
@@ -137,11 +137,6 @@ func (m *VM) AssignIOEvent(addr uint64, n, eventfd int) error { return m.ioEvent
 // DeassignIOEvent undoes AssignIOEvent with the same arguments.
 func (m *VM) DeassignIOEvent(addr uint64, n, eventfd int) error {
 	return m.ioEvent(addr, n, eventfd, ioEventDeassign)
-}
-
-// AssignPortEvent is AssignIOEvent for an I/O port.
-func (m *VM) AssignPortEvent(port uint16, n, eventfd int) error {
-	return m.ioEvent(uint64(port), n, eventfd, ioEventPIO)
 }
 
 func (m *VM) ioEvent(addr uint64, n, eventfd int, flags uint32) error {

@@ -88,11 +88,10 @@ func (v *VCPU) count() (float64, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	tid := unix.Gettid()
-	stop := time.AfterFunc(speedWindow, func() {
+	defer after(speedWindow, func() {
 		v.Interrupt(true)
 		_ = unix.Tgkill(os.Getpid(), tid, unix.SIGURG) // the Go runtime's own handler takes it; the thread is locked
-	})
-	defer stop.Stop()
+	})()
 	start := time.Now()
 	for {
 		switch err := v.Run(); {
@@ -106,6 +105,21 @@ func (v *VCPU) count() (float64, error) {
 			return 0, err
 		default:
 			return 0, fmt.Errorf("the counting loop left with %v", v.Exit())
+		}
+	}
+}
+
+// after calls f once, after d, in its own goroutine. The function that it returns prevents the call or waits for its end:
+// f may use what is closed behind it.
+func after(d time.Duration, f func()) (cancel func()) {
+	called := make(chan struct{})
+	timer := time.AfterFunc(d, func() {
+		defer close(called)
+		f()
+	})
+	return func() {
+		if !timer.Stop() {
+			<-called
 		}
 	}
 }

@@ -79,18 +79,16 @@ type Capability = gokvm.Capability
 
 // Capabilities that gokvm has no name for, or that read better here (linux/kvm.h).
 const (
-	CapIRQFD             = gokvm.Capability(32)
-	CapIOEventFD         = gokvm.Capability(36)
-	CapTSCDeadlineTimer  = gokvm.Capability(72)
-	CapTSCControl        = gokvm.Capability(60)
-	CapMaxVCPUs          = gokvm.Capability(66)
-	CapSignalMSI         = gokvm.Capability(77)
-	CapIOEventFDAnyLen   = gokvm.Capability(122)
-	CapMaxVCPUID         = gokvm.Capability(128)
-	CapImmediateExit     = gokvm.Capability(136)
-	CapDirtyLogProtect2  = gokvm.Capability(168)
-	CapDirtyLogRing      = gokvm.Capability(192)
-	CapExitOnEmulFailure = gokvm.Capability(204)
+	CapIRQFD            = gokvm.Capability(32)
+	CapIOEventFD        = gokvm.Capability(36)
+	CapTSCDeadlineTimer = gokvm.Capability(72)
+	CapTSCControl       = gokvm.Capability(60)
+	CapMaxVCPUs         = gokvm.Capability(66)
+	CapSignalMSI        = gokvm.Capability(77)
+	CapIOEventFDAnyLen  = gokvm.Capability(122)
+	CapImmediateExit    = gokvm.Capability(136)
+	CapDirtyLogProtect2 = gokvm.Capability(168)
+	CapDirtyLogRing     = gokvm.Capability(192)
 )
 
 // Check returns the value of a capability: 0 where the host lacks it, 1 or a quantity where it has it (api.rst, 4.4).
