@@ -69,6 +69,7 @@ var (
 	ErrDuplicate = errors.New("used twice")
 	ErrDevices   = errors.New("too many devices")
 	ErrDiskID    = errors.New("bad disk id")
+	ErrNoKernel  = errors.New("no kernel to boot")
 )
 
 const (
@@ -82,7 +83,8 @@ const (
 	maxDiskID = 20
 )
 
-// Check reports what is wrong with c without opening or making anything, apart from what the host itself can do.
+// Check reports what is wrong with c without opening or making anything, apart from what the host itself can do. What the
+// guest boots from may still be missing; CheckBoot and New look at that.
 func (c *Config) Check() error {
 	switch {
 	case c.CPUs < 1 || c.CPUs > MaxCPUs:
@@ -95,10 +97,21 @@ func (c *Config) Check() error {
 	if have := hostMemory(); c.Memory > have {
 		return fmt.Errorf("%w: %d MiB: this host has %d MiB", ErrMemory, c.Memory>>20, have>>20)
 	}
+	if _, err := vcpu.ParseTemplate(string(c.template())); err != nil {
+		return err
+	}
 	if n := len(c.Disks) + len(c.Nets); n > maxDevices {
 		return fmt.Errorf("%w: %d disks and network cards: there is room for %d", ErrDevices, n, maxDevices)
 	}
 	return c.checkIDs()
+}
+
+// template returns the choice of CPU features that c makes.
+func (c *Config) template() vcpu.Template {
+	if c.Template == "" {
+		return vcpu.Host
+	}
+	return c.Template
 }
 
 // checkIDs finds names and files that two devices would share.

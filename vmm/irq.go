@@ -44,7 +44,8 @@ func newInterrupts(vm *kvm.VM) (*interrupts, error) {
 	return r, vm.SetRoutes(r.routes)
 }
 
-// set raises or lowers the line of a GSI for one of up to 32 sharers; the line is high while any of them holds it.
+// set raises or lowers the line of a GSI for one of up to 32 sharers; the line is high while any of them holds it. An
+// error changes nothing.
 func (r *interrupts) set(gsi uint32, sharer int, high bool) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -53,11 +54,13 @@ func (r *interrupts) set(gsi uint32, sharer int, high bool) error {
 	if high {
 		after |= 1 << sharer
 	}
-	r.levels[gsi] = after
-	if (before != 0) == (after != 0) {
-		return nil
+	if (before != 0) != (after != 0) {
+		if err := r.vm.SetIRQ(gsi, after != 0); err != nil {
+			return err // and the next call tries again
+		}
 	}
-	return r.vm.SetIRQ(gsi, after != 0)
+	r.levels[gsi] = after
+	return nil
 }
 
 // line returns a function that drives a GSI as its only user. An error leaves the line as it was: KVM refuses a valid

@@ -182,7 +182,8 @@ func (m machine) Ended(_ int, err error) {
 }
 
 // Close ends the VM if it has not ended, stops its devices, and gives back its memory, threads and files. The VM's
-// backends, disks and taps, are closed too. It may be called once, in any state.
+// backends, disks and taps, are closed too. A console writer that does not return is left behind after two seconds. Close
+// may be called in any state; a second call does nothing.
 func (vm *VM) Close() error {
 	vm.Stop()
 	vm.mu.Lock()

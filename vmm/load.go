@@ -33,6 +33,9 @@ func (c *Config) bootOptions() linux.Options {
 // CheckBoot reports whether the kernel, its initrd and its command line fit the memory. New finds out by itself; this is
 // for those who call it late.
 func (c *Config) CheckBoot() (err error) {
+	if c.Kernel == nil {
+		return ErrNoKernel
+	}
 	mem, err := memory.New(c.Memory)
 	if err != nil {
 		return err

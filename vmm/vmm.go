@@ -69,6 +69,9 @@ func New(cfg *Config) (_ *VM, err error) {
 	if err := cfg.Check(); err != nil {
 		return nil, err
 	}
+	if cfg.Kernel == nil {
+		return nil, ErrNoKernel
+	}
 	if vm.resources == nil {
 		if vm.resources, err = OpenResources(cfg); err != nil {
 			return nil, err
@@ -131,10 +134,6 @@ func (vm *VM) addCPUs(cfg *Config, sys *kvm.System, entry linux.Entry) error {
 	if err != nil {
 		return err
 	}
-	template := cfg.Template
-	if template == "" {
-		template = vcpu.Host
-	}
 	tscDeadline := sys.Check(kvm.CapTSCDeadlineTimer) > 0
 	for id := range cfg.CPUs {
 		k, err := vm.kvm.CreateVCPU(id)
@@ -143,7 +142,7 @@ func (vm *VM) addCPUs(cfg *Config, sys *kvm.System, entry linux.Entry) error {
 		}
 		c := vcpu.New(id, k, machine{vm})
 		vm.cpus = append(vm.cpus, c)
-		if err := c.SetCPUID(template.CPUID(supported, id, cfg.CPUs, tscDeadline)); err != nil {
+		if err := c.SetCPUID(cfg.template().CPUID(supported, id, cfg.CPUs, tscDeadline)); err != nil {
 			return err
 		}
 		if err := c.Reset(); err != nil {
