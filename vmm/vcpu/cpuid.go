@@ -17,7 +17,8 @@ type Template string
 const (
 	// Host passes on all that the host's CPU and KVM can give.
 	Host Template = "host"
-	// Baseline passes on only what every x86-64-v2 CPU has, so that a guest can move between hosts.
+	// Baseline passes on only what every x86-64-v2 CPU and every KVM since Linux 5.10 has, so that a guest can move between
+	// hosts of one vendor. The vendor, family and model and the sizes of caches are the host's.
 	Baseline Template = "baseline"
 )
 
@@ -42,9 +43,13 @@ const (
 	leafTopology    = 0xB
 	leafXSAVE       = 0xD
 	leafTopologyV2  = 0x1F
+	leafKVM         = 0x40000000 // KVM's signature (Documentation/virt/kvm/x86/cpuid.rst)
+	leafKVMFeatures = 0x40000001
 	leafExtended    = 0x80000000
 	leafAMDFeatures = 0x80000001
 	leafBrand       = 0x80000002 // the first of brandLeaves
+	leafAMDCacheL1  = 0x80000005
+	leafAMDCacheL2  = 0x80000006
 	leafAMDSize     = 0x80000008
 	leafAMDCache    = 0x8000001D
 	leafAMDTopology = 0x8000001E
@@ -66,7 +71,40 @@ const (
 	baselineEDX1  = 0x078BFBFF                                          // FPU to SSE2: bits 0-9, 11-17, 19, 23-26
 	baselineECX81 = 1 << 0                                              // LAHF
 	baselineEDX81 = 0x0183F3FF | 1<<11 | 1<<20 | 1<<27 | 1<<29          // AMD's copies of leaf 1, SYSCALL NX RDTSCP LM
+	baselineEAX6  = 1 << 2                                              // the APIC's timer never stops
+
+	// KVM's paravirtual features: the clocks (0, 3, 24), no I/O delay (1), asynchronous page faults (4, 10, 14), end of
+	// interrupt (6), unhalt (7), TLB flush (9), IPIs (11), polling (12), yield (13). Steal time (5) needs scheduler
+	// statistics in the host's kernel.
+	baselineKVM = 1<<0 | 1<<1 | 1<<3 | 1<<4 | 1<<6 | 1<<7 | 1<<9 | 1<<10 | 1<<11 | 1<<12 | 1<<13 | 1<<14 | 1<<24
+
+	baselineLast    = leafTopology // the last leaf of each range
+	baselineLastKVM = leafKVMFeatures
+	baselineLastExt = leafAMDSize
+
+	// The widths of addresses: no larger than those of CPUs without 5-level page tables, and ample for MaxMemory.
+	baselinePhysical = 40
+	baselineLinear   = 48
 )
+
+const all = ^uint32(0)
+
+// baselineLeaves are the leaves that the baseline lets through and, of each, the bits in EAX, EBX, ECX and EDX. Whatever
+// is not here, and is not made by this package, the guest does not see.
+var baselineLeaves = map[uint32][4]uint32{
+	0:               {all, all, all, all}, // the last leaf, clamped; the vendor
+	leafFeatures:    {all, 0xFF00, baselineECX1, baselineEDX1},
+	leafCache:       {all, all, all, all},
+	leafPower:       {baselineEAX6, 0, 0, 0},
+	leafExtFeatures: {},                   // none
+	leafKVM:         {all, all, all, all}, // the last leaf, clamped; the signature
+	leafKVMFeatures: {baselineKVM, 0, 0, 0},
+	leafExtended:    {all, all, all, all}, // the last leaf, clamped; the vendor again
+	leafAMDFeatures: {all, 0, baselineECX81, baselineEDX81},
+	leafAMDCacheL1:  {all, all, all, all},
+	leafAMDCacheL2:  {all, all, all, all},
+	leafAMDSize:     {0xFFFF, 0, 0xF0FF, 0}, // the widths of addresses, clamped; the number of threads
+}
 
 // baselineBrand is the baseline's processor name. It names no host, since the guest may move to another.
 const baselineBrand = "kvmlet baseline x86-64-v2"
@@ -119,7 +157,7 @@ func (t Template) CPUID(supported []kvm.CPUIDEntry, id, n int, tscDeadline bool)
 		entries = append(entries, e)
 	}
 	entries = append(entries, topology(leafTopology, id, n)...)
-	if maxLeaf(supported) >= leafTopologyV2 {
+	if maxLeaf(supported) >= leafTopologyV2 && t != Baseline {
 		entries = append(entries, topology(leafTopologyV2, id, n)...)
 	}
 	entries = append(entries, nameLeaves(t.brand())...)
@@ -140,22 +178,20 @@ func maxLeaf(entries []kvm.CPUIDEntry) uint32 {
 
 // mask reduces e to the baseline. It returns false where the baseline has no such leaf.
 func mask(e *kvm.CPUIDEntry) bool {
-	switch e.Function {
-	case leafFeatures:
-		e.Ecx &= baselineECX1
-		e.Edx &= baselineEDX1
-	case leafPower:
-		e.Eax, e.Ebx, e.Ecx = e.Eax&(1<<2), 0, 0 // only the always-running APIC timer
-	case leafExtFeatures:
-		if e.Index != 0 {
-			return false
-		}
-		e.Eax, e.Ebx, e.Ecx, e.Edx = 0, 0, 0, 0
-	case leafXSAVE:
+	m, ok := baselineLeaves[e.Function]
+	if !ok || e.Function == leafExtFeatures && e.Index != 0 {
 		return false
-	case leafAMDFeatures:
-		e.Ecx &= baselineECX81
-		e.Edx &= baselineEDX81
+	}
+	e.Eax, e.Ebx, e.Ecx, e.Edx = e.Eax&m[0], e.Ebx&m[1], e.Ecx&m[2], e.Edx&m[3]
+	switch e.Function {
+	case 0:
+		e.Eax = baselineLast // whatever the host's last leaf is: this one is ours
+	case leafKVM:
+		e.Eax = baselineLastKVM
+	case leafExtended:
+		e.Eax = min(e.Eax, baselineLastExt)
+	case leafAMDSize:
+		e.Eax = min(e.Eax&0xFF, baselinePhysical) | min(e.Eax>>8, baselineLinear)<<8
 	}
 	return true
 }

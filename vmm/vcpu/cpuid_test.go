@@ -152,6 +152,60 @@ func TestBaselineTemplate(t *testing.T) {
 	}
 }
 
+// TestBaselineWithholds offers every bit of every leaf, as a CPU of the future might, and wants to see only what is old.
+func TestBaselineWithholds(t *testing.T) {
+	t.Parallel()
+	const all = ^uint32(0)
+	var in []kvm.CPUIDEntry
+	for _, r := range [][2]uint32{{0, 0x30}, {0x4000_0000, 0x4000_0010}, {0x8000_0000, 0x8000_0030}, {0xC000_0000, 0xC000_0004}} {
+		for f := r[0]; f <= r[1]; f++ {
+			for i := range uint32(3) {
+				in = append(in, kvm.CPUIDEntry{Function: f, Index: i, Eax: all, Ebx: all, Ecx: all, Edx: all})
+			}
+		}
+	}
+	const id, n = 1, 4
+	brand := [4]uint32{all, all, all, all} // TestBrand
+	want := map[uint32][4]uint32{
+		0: {0xB, all, all, all},
+		// the hypervisor's bit and the TSC deadline timer in ECX, HTT in EDX
+		1:           {all, id<<24 | n<<16 | 0xFF00, 0x0098_2201 | 1<<24 | 1<<31 | 1<<21, 0x078B_FBFF | 1<<28},
+		4:           {all, all, all, all},
+		6:           {4, 0, 0, 0},
+		7:           {},
+		0xB:         {all, all, all, all}, // TestTopology
+		0x4000_0000: {0x4000_0001, all, all, all},
+		0x4000_0001: {0x0100_7EDB, 0, 0, 0},
+		0x8000_0000: {0x8000_0008, all, all, all},
+		0x8000_0001: {all, 0, 1, 0x2993_FBFF},
+		0x8000_0002: brand, 0x8000_0003: brand, 0x8000_0004: brand,
+		0x8000_0005: {all, all, all, all},
+		0x8000_0006: {all, all, all, all},
+		0x8000_0008: {48<<8 | 40, 0, 0x2003, 0},
+	}
+	seen := map[uint32]bool{}
+	for _, e := range Baseline.CPUID(in, id, n, true) {
+		w, ok := want[e.Function]
+		if !ok {
+			t.Errorf("leaf %#x passes", e.Function)
+			continue
+		}
+		seen[e.Function] = true
+		if (e.Eax|w[0])^w[0]|(e.Ebx|w[1])^w[1]|(e.Ecx|w[2])^w[2]|(e.Edx|w[3])^w[3] != 0 {
+			t.Errorf("leaf %#x.%d is %#x %#x %#x %#x, more than %#x", e.Function, e.Index, e.Eax, e.Ebx, e.Ecx, e.Edx, w)
+		}
+		if e.Index == 0 && e.Function != 4 && e.Function != 0xB && w != brand &&
+			[4]uint32{e.Eax, e.Ebx, e.Ecx, e.Edx} != w {
+			t.Errorf("leaf %#x is %#x %#x %#x %#x, want %#x", e.Function, e.Eax, e.Ebx, e.Ecx, e.Edx, w)
+		}
+	}
+	for f := range want {
+		if !seen[f] {
+			t.Errorf("leaf %#x is missing", f)
+		}
+	}
+}
+
 // TestBrand reads the processor's name as Linux does: the host's own under the host template, and a fixed one that says
 // nothing about the host under the baseline.
 func TestBrand(t *testing.T) {
@@ -171,7 +225,11 @@ func TestBrand(t *testing.T) {
 				}
 			}
 			l := template.CPUID(in, 0, 1, true)
-			if e := find(t, l, 0x8000_0000, 0); e.Eax != max(last, 0x8000_0004) || e.Ebx != 0x68747541 {
+			wantLast := max(last, 0x8000_0004)
+			if template == Baseline {
+				wantLast = min(wantLast, 0x8000_0008)
+			}
+			if e := find(t, l, 0x8000_0000, 0); e.Eax != wantLast || e.Ebx != 0x68747541 {
 				t.Errorf("%s: leaf 0x80000000 is %+v after one that ends at %#x", template, e, last)
 			}
 			var b []byte
