@@ -42,7 +42,9 @@ type Config struct {
 
 // BaseCmdline is what a Linux kernel has to be told for its VM to work as described here: Config.Console is the first
 // serial port, and the end of a kernel that panics is a Panic. The kernel resets the machine at once then (panic=-1), and
-// leaves the mark that tells this from a Reboot (reboot=panic_warm).
+// leaves the mark that tells this from a Reboot (reboot=panic_warm). A kernel that is also told reboot=warm leaves it
+// always: its resets are all taken for a Reboot then, unless it has reported a panic to the panic device. One whose mode is
+// set to warm at run time, in /sys/kernel/reboot, cannot be told from one that panics.
 const BaseCmdline = "console=ttyS0 panic=-1 reboot=panic_warm"
 
 // Disk is a virtio-blk device over a raw image or a block device of the host.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/kvmlet/kvmlet/blk"
@@ -89,10 +90,10 @@ func (vm *VM) addPlatform(console io.Writer) error {
 	p.serial[0] = legacy.NewSerial(legacy.COM1Port, console, vm.irq.line(legacy.COM1IRQ))
 	p.serial[1] = legacy.NewSerial(legacy.COM2Port, nil, vm.irq.line(legacy.COM2IRQ))
 	p.rtc = legacy.NewRTC(vm.mem.Size()-above4G, above4G, nil, vm.irq.line(legacy.RTCIRQ))
-	p.pm = legacy.NewPM(legacy.PMPort, nil, vm.irq.line(legacy.PMIRQ), func() { vm.finish(End{Outcome: PowerOff}) })
+	p.pm = legacy.NewPM(legacy.PMPort, nil, vm.irq.line(legacy.PMIRQ), func() { vm.leave(PowerOff) })
 	reset := legacy.NewReset(vm.reset)
 	keyboard := legacy.NewI8042(vm.irq.line(legacy.I8042IRQ), vm.reset)
-	panicked := legacy.NewPvpanic(legacy.PvpanicPort, func(legacy.PanicEvent) { vm.finish(End{Outcome: Panic}) })
+	panicked := legacy.NewPvpanic(legacy.PvpanicPort, vm.panicked)
 
 	for _, d := range []struct {
 		first uint16
@@ -123,6 +124,16 @@ func (vm *VM) addPlatform(console io.Writer) error {
 	)
 }
 
+// panicked takes the report of a guest's kernel that fails. One with a crash kernel loaded goes on to run that, to save
+// what it can, and the VM with it; its end is a Panic then however it comes.
+func (vm *VM) panicked(e legacy.PanicEvent) {
+	if e&legacy.GuestPanicked == 0 {
+		vm.crashing.Store(true)
+		return
+	}
+	vm.finish(End{Outcome: Panic})
+}
+
 // Linux's warm-reboot flag: with reboot=panic_warm on its command line, a kernel that resets because of a panic leaves
 // warmFlag at warmAddr, and one that resets because it was asked to leaves zero (the BIOS data area's word 0040:0072).
 const (
@@ -133,11 +144,47 @@ const (
 // reset ends the VM at a reset of whatever kind.
 func (vm *VM) reset() {
 	var word [2]byte
-	if _, err := vm.mem.ReadAt(word[:], warmAddr); err == nil && int(word[0])|int(word[1])<<8 == warmFlag {
-		vm.finish(End{Outcome: Panic})
+	_, err := vm.mem.ReadAt(word[:], warmAddr)
+	if err == nil && int(word[0])|int(word[1])<<8 == warmFlag && !vm.alwaysWarm {
+		vm.leave(Panic)
 		return
 	}
-	vm.finish(End{Outcome: Reboot})
+	vm.leave(Reboot)
+}
+
+// leave ends the VM as its guest has asked.
+func (vm *VM) leave(o Outcome) {
+	if vm.crashing.Load() {
+		o = Panic
+	}
+	vm.finish(End{Outcome: o})
+}
+
+// rebootsWarm reports whether a Linux kernel with this command line leaves warmFlag at every reset, as reboot=w makes it
+// do (admin-guide/kernel-parameters.txt, reboot=). The last word that names a mode counts; those behind -- are init's.
+func rebootsWarm(cmdline string) bool {
+	warm := false
+	for _, word := range strings.Fields(cmdline) {
+		if word == "--" {
+			break
+		}
+		list, ok := strings.CutPrefix(word, "reboot=")
+		if !ok {
+			continue
+		}
+		for _, item := range strings.Split(list, ",") {
+			cpu := strings.TrimPrefix(strings.TrimPrefix(item, "s"), "mp")
+			switch {
+			case item == "", strings.HasPrefix(item, "panic_"):
+			case item[0] == 's' && cpu != "" && cpu[0] >= '0' && cpu[0] <= '9': // the CPU that resets
+			case item[0] == 'w':
+				warm = true
+			case strings.ContainsRune("chsg", rune(item[0])): // cold, hard, soft, gpio
+				warm = false
+			}
+		}
+	}
+	return warm
 }
 
 // addVirtio puts the virtio devices into PCI slots: the agent's console and the entropy source, then disks and cards in

@@ -171,9 +171,9 @@ func (m machine) Ended(_ int, err error) {
 	case errors.Is(err, vcpu.ErrTripleFault):
 		m.vm.finish(End{Outcome: TripleFault})
 	case errors.Is(err, vcpu.ErrShutdown):
-		m.vm.finish(End{Outcome: PowerOff})
+		m.vm.leave(PowerOff)
 	case errors.Is(err, vcpu.ErrReset):
-		m.vm.finish(End{Outcome: Reboot})
+		m.vm.leave(Reboot)
 	case errors.Is(err, vcpu.ErrCrash):
 		m.vm.finish(End{Outcome: Panic})
 	default:

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/kvmlet/kvmlet/guest/lab/labtest"
-	"github.com/kvmlet/kvmlet/guest/linux"
 	"github.com/kvmlet/kvmlet/virtio"
 	virtiopci "github.com/kvmlet/kvmlet/virtio/pci"
 	"github.com/kvmlet/kvmlet/virtio/queue"
@@ -135,16 +134,24 @@ func (o *output) String() string {
 // build assembles a VM with the payload as its kernel.
 func build(t *testing.T, c code) (*VM, *output) {
 	t.Helper()
+	return buildConfig(t, c, Config{})
+}
+
+// buildConfig is build for a VM that is not like the others. What cfg leaves out is as there.
+func buildConfig(t *testing.T, c code, cfg Config) (*VM, *output) {
+	t.Helper()
 	if len(c) == 0 {
 		c = code{}.spin()
 	}
-	elf := c.elf()
-	k, err := linux.Parse(bytes.NewReader(elf), int64(len(elf)))
-	if err != nil {
-		t.Fatal(err)
-	}
 	out := &output{}
-	vm, err := New(&Config{CPUs: 1, Memory: MinMemory, Kernel: k, Console: out})
+	if cfg.Console == nil {
+		cfg.Console = out
+	}
+	if cfg.Kernel == nil {
+		cfg.Kernel = payload(t, c)
+	}
+	cfg.CPUs, cfg.Memory = max(cfg.CPUs, 1), MinMemory
+	vm, err := New(&cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -330,27 +337,39 @@ func TestMSIX(t *testing.T) {
 
 func TestOutcomes(t *testing.T) {
 	var emulation *vcpu.EmulationError
+	// The crash kernel goes on, and so does the VM.
+	crash := code{}.outb(legacy.PvpanicPort, byte(legacy.GuestCrashLoaded)).outb(com1, '!')
+	crash = crash[:len(crash):len(crash)] // each case appends to its own copy
 	cases := []struct {
 		name string
 		code code
 		want Outcome
+		args string
 	}{
-		{"power-off", code{}.powerOff(), PowerOff},
-		{"reset by 0xcf9", code{}.outb(legacy.ResetPort, 0x0E).spin(), Reboot},
-		{"reset by the keyboard controller", code{}.outb(legacy.I8042CommandPort, 0xFE).spin(), Reboot},
-		{"reset by port 0x92", code{}.outb(legacy.FastPort, 1).spin(), Reboot},
-		{"reset after a panic", code{}.store(warmAddr, 2, warmFlag).outb(legacy.ResetPort, 6).spin(), Panic},
-		{"panic port", code{}.outb(legacy.PvpanicPort, 1).spin(), Panic},
-		{"triple fault", code{}.bytes([]byte{0x0F, 0x0B}).spin(), TripleFault}, // ud2, and no IDT
+		{"power-off", code{}.powerOff(), PowerOff, ""},
+		{"reset by 0xcf9", code{}.outb(legacy.ResetPort, 0x0E).spin(), Reboot, ""},
+		{"reset by the keyboard controller", code{}.outb(legacy.I8042CommandPort, 0xFE).spin(), Reboot, ""},
+		{"reset by port 0x92", code{}.outb(legacy.FastPort, 1).spin(), Reboot, ""},
+		{"reset after a panic", code{}.store(warmAddr, 2, warmFlag).outb(legacy.ResetPort, 6).spin(), Panic, BaseCmdline},
+		{"reset of a kernel that always resets warm", code{}.store(warmAddr, 2, warmFlag).outb(legacy.ResetPort, 6).spin(),
+			Reboot, BaseCmdline + " reboot=w"},
+		{"panic port", code{}.outb(legacy.PvpanicPort, 1).spin(), Panic, ""},
+		{"panic port, with a crash kernel", crash.outb(legacy.PvpanicPort, 1).spin(), Panic, ""},
+		{"reset by the crash kernel", crash.outb(legacy.ResetPort, 6).spin(), Panic, ""},
+		{"power-off by the crash kernel", crash.powerOff(), Panic, ""},
+		{"triple fault", code{}.bytes([]byte{0x0F, 0x0B}).spin(), TripleFault, ""}, // ud2, and no IDT
 		// mov rbx, window; jmp rbx: code in device memory is beyond KVM's emulator
-		{"code in device memory", code{}.at(pciWindow).bytes([]byte{0xFF, 0xE3}), Failed},
+		{"code in device memory", code{}.at(pciWindow).bytes([]byte{0xFF, 0xE3}), Failed, ""},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			vm, out := build(t, c.code)
-			end, _ := runToEnd(t, vm, out)
+			vm, out := buildConfig(t, c.code, Config{Cmdline: c.args})
+			end, got := runToEnd(t, vm, out)
 			if end.Outcome != c.want {
 				t.Errorf("ended by %v (%v), want %v", end.Outcome, end.Err, c.want)
+			}
+			if bytes.HasPrefix(c.code, crash) && got != "!" {
+				t.Errorf("the crash kernel sent %q", got)
 			}
 			if c.want == Failed && (!errors.As(end.Err, &emulation) || emulation.RIP != pciWindow) {
 				t.Errorf("the error is %v", end.Err)

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 
 	"github.com/kvmlet/kvmlet/guest/linux"
 	"github.com/kvmlet/kvmlet/guest/memory"
@@ -39,6 +40,9 @@ type VM struct {
 	agentPort *vconsole.Port
 	nextBAR   uint64
 	anyLen    bool // KVM matches doorbells of any width
+
+	alwaysWarm bool        // the guest leaves Linux's warm-reboot flag at any reset, so that it tells nothing
+	crashing   atomic.Bool // the guest has panicked and runs its crash kernel
 }
 
 // machine is the VM as its vCPUs see it.
@@ -60,6 +64,8 @@ func New(cfg *Config) (_ *VM, err error) {
 		resources: cfg.Resources,
 		pci:       pci.NewHost(ecamBase),
 		nextBAR:   pciWindow,
+
+		alwaysWarm: rebootsWarm(cfg.Cmdline),
 	}
 	defer func() {
 		if err != nil {

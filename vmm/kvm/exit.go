@@ -103,7 +103,9 @@ const (
 )
 
 // InternalError describes an ExitInternalError. Insn holds the bytes of the instruction that KVM's emulator does not
-// know, where the kernel tells them; Data is what it tells of other errors.
+// know, where the kernel tells them; Data is what it tells of other errors. A guest's program gets an invalid opcode
+// exception for such an instruction, and only its kernel's ends here. KVM_CAP_EXIT_ON_EMULATION_FAILURE would change
+// that: any program could end the VM. The bytes come without it.
 type InternalError struct {
 	SubError uint32
 	Insn     []byte

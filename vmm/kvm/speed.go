@@ -109,8 +109,8 @@ func (v *VCPU) count() (float64, error) {
 	}
 }
 
-// after calls f once, after d, in its own goroutine. The function that it returns prevents the call or waits for its end:
-// f may use what is closed behind it.
+// after calls f once, after d, in its own goroutine. The function that it returns prevents the call or waits for its end, so
+// that f may use what is closed next; it is called once.
 func after(d time.Duration, f func()) (cancel func()) {
 	called := make(chan struct{})
 	timer := time.AfterFunc(d, func() {
