@@ -167,10 +167,6 @@ func (s *Serial) drain() {
 	defer rest.Stop()
 	for {
 		s.mu.Lock()
-		if h.left {
-			s.mu.Unlock()
-			return
-		}
 		if len(h.out) == 0 {
 			if h.closed {
 				s.mu.Unlock()
