@@ -254,7 +254,7 @@ func echo(q *queue.Queue, i int, t virtio.Transport) {
 			if len(c.Readable) > 0 && len(c.Writable) > 0 {
 				n = copy(c.Writable[0].Bytes(), c.Readable[0].Bytes())
 			}
-			q.Push(c.Head, uint32(n))
+			q.Push(&c, uint32(n))
 		}
 		if q.ShouldNotify() {
 			_ = t.NotifyQueue(i)

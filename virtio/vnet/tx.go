@@ -38,7 +38,7 @@ func (t *transmitter) run() {
 			if !ok {
 				break
 			}
-			t.queue.Push(t.chain.Head, 0)
+			t.queue.Push(&t.chain, 0)
 		}
 		if t.queue.ShouldNotify() {
 			_ = t.transport.NotifyQueue(txQueue) // the next frame notifies again
