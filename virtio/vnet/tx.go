@@ -23,10 +23,10 @@ type transmitter struct {
 }
 
 // run sends frames until the device is reset or a chain turns out malformed. The driver is notified once for all that
-// was there.
+// was there, and at least once around the queue, however fast it adds more.
 func (t *transmitter) run() {
 	for t.queue.Wait() == nil {
-		for !t.stopping.Load() {
+		for left := t.queue.Size(); left > 0 && !t.stopping.Load(); left-- {
 			ok, err := t.queue.Pop(&t.chain)
 			if err == nil && ok {
 				err = t.send()
