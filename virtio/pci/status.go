@@ -100,13 +100,13 @@ type halt struct {
 const grace = 100 * time.Millisecond
 
 // halt begins to reset the device, if that is not under way, and takes its doorbells away at once. It does not wait, as
-// the device's I/O may take for ever. With clear set the registers are cleared at the end. The caller holds mu.
-func (f *Function) halt(clear bool) *halt {
+// the device's I/O may take for ever. With thenClear the registers are cleared at the end. The caller holds mu.
+func (f *Function) halt(thenClear bool) *halt {
 	if h := f.halting; h != nil {
-		h.clear = h.clear || clear
+		h.clear = h.clear || thenClear
 		return h
 	}
-	h := &halt{clear: clear, done: make(chan struct{})}
+	h := &halt{clear: thenClear, done: make(chan struct{})}
 	f.halting, f.begun, f.active = h, h, false
 	f.syncDoorbells()
 	go func() {
