@@ -52,8 +52,8 @@ const (
 	StatusFailed      Status = 128
 )
 
-// Device is a virtio device without its transport. The transport calls every method, one at a time; what the guest
-// wrote reaches the device unchecked, except where a method says otherwise.
+// Device is a virtio device without its transport. The transport calls every method, one at a time except where a method
+// says otherwise; what the guest wrote reaches the device unchecked.
 type Device interface {
 	// ID returns the device type.
 	ID() ID
@@ -67,11 +67,11 @@ type Device interface {
 	QueueSizes() []uint16
 
 	// ReadConfig fills p from the device-specific configuration at byte offset off >= 0; what lies beyond its end
-	// reads as zero. It may be called in any state, while workers run.
+	// reads as zero. It may be called in any state, while workers run and during Reset, and must not wait for either.
 	ReadConfig(p []byte, off int)
 
 	// WriteConfig stores p at byte offset off >= 0 of the device-specific configuration and ignores what is read-only
-	// or lies beyond the end. It may be called in any state, while workers run.
+	// or lies beyond the end. It may be called when ReadConfig may.
 	WriteConfig(p []byte, off int)
 
 	// Activate starts the device's workers: the driver has set DRIVER_OK. f is a subset of the features offered, with
@@ -80,8 +80,19 @@ type Device interface {
 	Activate(f Features, queues []*queue.Queue, t Transport) error
 
 	// Reset stops the workers and waits for them: once it returns, the device neither touches guest memory nor calls
-	// its Transport. It may be called when the device is not active.
+	// its Transport. It may be called when the device is not active, and waits as long as it takes. After an error the
+	// device may still do both; the transport does not activate it before a later Reset has succeeded.
 	Reset() error
+}
+
+// ConfigGenerator is a Device whose device-specific configuration changes otherwise than by WriteConfig.
+type ConfigGenerator interface {
+	Device
+
+	// ConfigGeneration returns a number that steps at each such change, in whatever state the device is, under the lock
+	// under which ReadConfig reads. A driver that finds the same number before and after it read several fields knows
+	// that they belong together (virtio 1.2, 2.5). It may be called when ReadConfig may.
+	ConfigGeneration() uint8
 }
 
 // Transport is a device's way to its driver. All methods may be called from any goroutine between the start of
@@ -92,7 +103,7 @@ type Transport interface {
 	NotifyQueue(i int) error
 
 	// NotifyConfig tells the driver that the device-specific configuration has changed, after the change
-	// (virtio 1.2, 2.5). It advances the configuration generation.
+	// (virtio 1.2, 2.5). The device is a ConfigGenerator.
 	NotifyConfig() error
 
 	// NeedsReset sets DEVICE_NEEDS_RESET: the device met an error that only a reset by the driver can end

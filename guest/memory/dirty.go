@@ -50,6 +50,10 @@ func (l *DirtyLog) Close() {
 	m.logs.Store(&rest)
 }
 
+// Recording reports whether there are records, at the cost of one load. Who asks after a write need not mark it if there
+// are none: a record that begins later is for the state of memory at its beginning, and what follows.
+func (m *Memory) Recording() bool { return m.logs.Load() != nil }
+
 // MarkDirty notes in every record that the n bytes at addr were written. It is called after the write, so that who
 // collects the page and then reads it sees what was written. What is not RAM is left out. Without records it costs one
 // load.

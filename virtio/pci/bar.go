@@ -17,25 +17,41 @@ const (
 // ReadMMIO reads len(p) bytes of device memory at the guest-physical address addr. It returns false, with p untouched,
 // if the function does not decode that address.
 func (f *Function) ReadMMIO(addr uint64, p []byte) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.base == 0 || addr-f.base >= barSize {
+	if _, ok := f.decoded(addr); !ok {
 		return false
 	}
-	f.readBAR(p, int(addr-f.base))
-	return true
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	off, ok := f.decoded(addr) // the BAR may have moved meanwhile
+	if ok {
+		f.readBAR(p, off)
+	}
+	return ok
 }
 
 // WriteMMIO writes len(p) bytes of device memory at the guest-physical address addr. It returns false if the function
 // does not decode that address.
 func (f *Function) WriteMMIO(addr uint64, p []byte) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.base == 0 || addr-f.base >= barSize {
+	if _, ok := f.decoded(addr); !ok {
 		return false
 	}
-	f.writeBAR(p, int(addr-f.base))
-	return true
+	f.mu.Lock()
+	defer f.unlock()
+	off, ok := f.decoded(addr)
+	if ok {
+		f.writeBAR(p, off)
+	}
+	return ok
+}
+
+// decoded returns where in the BAR addr lies, if it does. It takes no lock: a bus asks every function in turn, and none
+// may hold up accesses that are another's.
+func (f *Function) decoded(addr uint64) (off int, ok bool) {
+	base := f.base.Load()
+	if base == 0 || addr-base >= barSize {
+		return 0, false
+	}
+	return int(addr - base), true
 }
 
 // readBAR reads from offset off < barSize. Accesses of every size and alignment are answered; what does not exist, and

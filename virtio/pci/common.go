@@ -64,7 +64,7 @@ var commonFields = [...]commonField{
 		func(f *Function) uint64 { return uint64(f.readStatus()) },
 		func(f *Function, v uint64) { f.writeStatus(virtio.Status(v)) }},
 	{0x15, 1, // config_generation
-		func(f *Function) uint64 { return uint64(uint8(f.generation.Load())) }, nil},
+		func(f *Function) uint64 { return uint64(f.generation()) }, nil},
 	{0x16, 2, // queue_select
 		func(f *Function) uint64 { return uint64(f.driver.queueSelect) },
 		func(f *Function, v uint64) { f.driver.queueSelect = uint16(v) }},
@@ -174,8 +174,22 @@ func (f *Function) readCommon(p []byte, off int) {
 	}
 }
 
+// generation returns config_generation. A device whose configuration changes counts that itself, under the lock under
+// which it answers ReadConfig: so the number changes together with the configuration, whoever reads at that moment, and
+// also while the driver does not run the device.
+func (f *Function) generation() uint8 {
+	if d, ok := f.dev.(virtio.ConfigGenerator); ok {
+		return d.ConfigGeneration()
+	}
+	return 0
+}
+
 // writeCommon writes bytes of the common configuration: the fields that they touch, in order, keep their other bytes.
+// While a reset is under way, whose end the driver must wait for (virtio 1.2, 4.1.4.3.2), there is nothing to write to.
 func (f *Function) writeCommon(p []byte, off int) {
+	if f.halting != nil && f.halting.clear {
+		return
+	}
 	for i := range commonFields {
 		r := &commonFields[i]
 		if r.set == nil || !overlap(off, len(p), r.off, r.size) {

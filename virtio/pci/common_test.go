@@ -3,10 +3,14 @@ package pci
 import (
 	"bytes"
 	"errors"
+	"runtime"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/kvmlet/kvmlet/virtio"
 	"github.com/kvmlet/kvmlet/virtio/queue"
+	"github.com/kvmlet/kvmlet/virtio/queue/queuetest"
 )
 
 func TestFeatures(t *testing.T) {
@@ -280,7 +284,7 @@ func TestCommonAccess(t *testing.T) {
 	}
 }
 
-// TestDeviceConfig passes accesses on to the device and counts its changes.
+// TestDeviceConfig passes accesses on to the device.
 func TestDeviceConfig(t *testing.T) {
 	t.Parallel()
 	g := newGuest(t, plainDevice())
@@ -295,19 +299,151 @@ func TestDeviceConfig(t *testing.T) {
 			t.Errorf("%d bytes at %#x: %#x, want %#x", tc.n, tc.off, got, tc.want)
 		}
 	}
-	before := g.read(g.common+configGeneration, 1)
-	for range 300 {
-		if err := g.f.NotifyConfig(); err != nil {
-			t.Fatal(err)
+}
+
+// TestConfigGeneration has the device change its configuration in every state of its life, and while the driver reads.
+func TestConfigGeneration(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t, plainDevice())
+	generation := func() uint64 { return g.read(g.common+configGeneration, 1) }
+	for v, enter := range []func(){
+		func() {}, // before any driver
+		func() { g.boot(0) },
+		g.f.NeedsReset,
+		func() { g.setStatus(0) },
+	} {
+		before := generation()
+		enter()
+		if got := generation(); got != before {
+			t.Errorf("state %d: generation %d, was %d; nothing has changed", v, got, before)
+		}
+		g.dev.change(byte(v))
+		if got := generation(); got != (before+1)&0xFF {
+			t.Errorf("state %d: generation %d, was %d before a change", v, got, before)
 		}
 	}
-	if got := g.read(g.common+configGeneration, 1); got != (before+300)&0xFF {
-		t.Errorf("generation %d, was %d", got, before)
+
+	// What a driver reads in parts belongs together if the generation has not stepped meanwhile (virtio 1.2, 2.5).
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for v := byte(0); ; v++ {
+			select {
+			case <-stop:
+				return
+			default:
+				g.dev.change(v)
+				_ = g.f.NotifyConfig()
+				runtime.Gosched()
+			}
+		}
+	})
+	for whole := 0; whole < 200; {
+		before := generation()
+		a, b := g.read(g.device, 1), g.read(g.device+20, 1)
+		if generation() != before {
+			continue
+		}
+		if whole++; a != b {
+			t.Fatalf("fields of two configurations, %d and %d, under generation %d", a, b, before)
+		}
 	}
-	g.f.NeedsReset()
-	if got := g.read(g.common+configGeneration, 1); got != (before+300)&0xFF {
-		t.Error("NeedsReset changed the generation")
+	close(stop)
+	wg.Wait()
+}
+
+// TestResetDoesNotBlock resets a device whose I/O is stuck: nobody who does not ask for the device has to wait, and the
+// status says when it is done.
+func TestResetDoesNotBlock(t *testing.T) {
+	t.Parallel()
+	for name, begin := range map[string]func(g *guest){
+		"reset":        func(g *guest) { g.f.WriteMMIO(g.common+deviceStatus, []byte{0}) },
+		"window":       resetThroughWindow,
+		"failed":       func(g *guest) { g.f.WriteMMIO(g.common+deviceStatus, []byte{byte(virtio.StatusFailed)}) },
+		"no busmaster": func(g *guest) { g.f.WriteConfig([]byte{commandMemory, 0}, regCommand) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGuest(t, plainDevice())
+			g.boot(0)
+			g.dev.resetting, g.dev.resume = make(chan struct{}), make(chan struct{})
+			returned := make(chan struct{})
+			go func() {
+				begin(g)
+				close(returned)
+			}()
+			<-g.dev.resetting
+			// All of these come back while the device is stuck, the access that began it too.
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				b := []byte{1}
+				if g.f.ReadMMIO(testBAR+barSize, b) || g.f.WriteMMIO(testBAR-1, b) {
+					t.Error("answers for another function")
+				}
+				if g.cfg(regVendor, 2) != vendorID || g.status() == 0 {
+					t.Errorf("vendor %#x, status %#x", g.cfg(regVendor, 2), g.status())
+				}
+				g.f.WriteMMIO(g.common+deviceStatus, []byte{0}) // joins
+				g.f.WriteMMIO(g.common+queueSelect, b)          // has nothing to write to
+				g.f.WriteMMIO(g.common+deviceStatus, []byte{15})
+				g.read(g.isr, 1)
+				if s := g.status(); s == 0 || len(g.host.doorbells()) != 0 {
+					t.Errorf("status %#x, doorbells %x while the device is reset", s, g.host.doorbells())
+				}
+				<-returned
+			}()
+			select {
+			case <-done:
+			case <-time.After(queuetest.Timeout):
+				t.Error("accesses wait for the device's reset")
+			}
+			close(g.dev.resume)
+			<-done
+			g.dev.resetting = nil
+			for g.status() != 0 {
+				runtime.Gosched()
+			}
+			if g.dev.running() || g.read(g.common+queueSelect, 2) != 0 {
+				t.Error("not reset")
+			}
+			g.setCommand(commandMemory | commandMaster)
+			g.boot(0)
+			if !g.dev.running() {
+				t.Error("the device does not come back")
+			}
+		})
 	}
+}
+
+// resetThroughWindow writes status 0 by way of VIRTIO_PCI_CAP_PCI_CFG.
+func resetThroughWindow(g *guest) {
+	g.f.WriteConfig([]byte{deviceStatus, 0, 0, 0, 1, 0, 0, 0}, g.window+capOffset)
+	g.f.WriteConfig([]byte{0}, g.window+capExtra)
+}
+
+// TestCloseDuringReset closes a function while its reset is under way.
+func TestCloseDuringReset(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t, plainDevice())
+	g.boot(0)
+	g.dev.resetting, g.dev.resume = make(chan struct{}), make(chan struct{})
+	g.f.WriteMMIO(g.common+deviceStatus, []byte{0})
+	closed := make(chan error, 1)
+	go func() { closed <- g.f.Close() }()
+	for g.f.ReadMMIO(g.common, make([]byte, 1)) {
+		runtime.Gosched()
+	}
+	select {
+	case err := <-closed:
+		t.Fatalf("Close did not wait for the device: %v", err)
+	default:
+	}
+	close(g.dev.resume)
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+	g.dev.resetting = nil
 }
 
 // TestDeviceErrors lets the device refuse to start and to stop.
@@ -326,10 +462,26 @@ func TestDeviceErrors(t *testing.T) {
 	dev.failActivate = nil
 	g.boot(0)
 	dev.failReset = errors.New("stuck")
-	g.setStatus(0)
-	if got := g.status(); got&virtio.StatusNeedsReset == 0 {
-		t.Errorf("status %#x after a failed reset", got)
+	for range 2 {
+		// A driver waits for a status of zero, so a device that cannot be stopped shows it too, but starts no more.
+		if !g.negotiate(virtio.VersionOne) {
+			t.Fatal("refused")
+		}
+		g.f.NeedsReset() // by what is left of the device
+		if got := g.status(); got&virtio.StatusNeedsReset != 0 || len(g.host.doorbells()) != 0 {
+			t.Errorf("status %#x, doorbells %x after a failed reset", got, g.host.doorbells())
+		}
+		g.setStatus(15)
+		if got := g.status(); got != 15|virtio.StatusNeedsReset {
+			t.Errorf("status %#x of a broken device", got)
+		}
 	}
+	if c := g.f.Counters(); c.HostErrors != 2 || dev.activated != 1 {
+		t.Errorf("%+v, activated %d times", c, dev.activated)
+	}
+	dev.failReset = nil
+	g.boot(0) // and one that recovers
+	dev.failReset = errors.New("stuck")
 	if err := g.f.Close(); !errors.Is(err, dev.failReset) {
 		t.Errorf("Close: %v", err)
 	}

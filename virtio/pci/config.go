@@ -176,7 +176,7 @@ func (f *Function) ReadConfig(p []byte, off int) {
 // WriteConfig writes len(p) bytes of the configuration space at offset off; what is read-only stays as it is.
 func (f *Function) WriteConfig(p []byte, off int) {
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	if off < 0 || off >= configSize || f.closed {
 		return
 	}
@@ -214,18 +214,19 @@ func (f *Function) setCommand() {
 			f.start() // DRIVER_OK may have come first
 		} else if f.active {
 			// The driver took away the memory that a worker may be writing to: stop for good.
-			f.check(f.stop())
-			f.NeedsReset()
+			f.halt(false)
+			f.needReset()
 		}
 	}
 }
 
 // decode follows a change of the BAR or of memory decoding. Address zero counts as unassigned.
 func (f *Function) decode() {
-	f.base = 0
+	var base uint64
 	if f.config.uint16(regCommand)&commandMemory != 0 && !f.closed {
-		f.base = uint64(f.config.uint32(regBAR))
+		base = uint64(f.config.uint32(regBAR))
 	}
+	f.base.Store(base)
 	f.syncDoorbells()
 }
 

@@ -18,8 +18,8 @@ func (f *Function) syncDoorbells() {
 	for i := range f.queues {
 		q := &f.queues[i]
 		var want uint64
-		if f.active && q.enable && f.base != 0 {
-			want = f.base + notifyOffset + notifyMultiplier*uint64(i)
+		if base := f.base.Load(); f.active && q.enable && base != 0 {
+			want = base + notifyOffset + notifyMultiplier*uint64(i)
 		}
 		if want == q.doorbell {
 			continue

@@ -168,7 +168,10 @@ type fakeDevice struct {
 
 	failActivate, failReset error
 
+	resetting, resume chan struct{} // if not nil: Reset closes the first and waits for the second
+
 	mu        sync.Mutex
+	changes   uint8 // of config, by the device
 	config    [24]byte
 	active    bool
 	accepted  virtio.Features
@@ -197,6 +200,22 @@ func (d *fakeDevice) WriteConfig(p []byte, off int) {
 	if off < len(d.config) {
 		copy(d.config[off:], p)
 	}
+}
+
+func (d *fakeDevice) ConfigGeneration() uint8 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.changes
+}
+
+// change fills the configuration with v.
+func (d *fakeDevice) change(v byte) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i := range d.config {
+		d.config[i] = v
+	}
+	d.changes++
 }
 
 func (d *fakeDevice) Activate(f virtio.Features, queues []*queue.Queue, t virtio.Transport) error {
@@ -235,7 +254,7 @@ func echo(q *queue.Queue, i int, t virtio.Transport) {
 			if len(c.Readable) > 0 && len(c.Writable) > 0 {
 				n = copy(c.Writable[0].Bytes(), c.Readable[0].Bytes())
 			}
-			q.Push(c.Head, uint32(n))
+			q.Push(&c, uint32(n))
 		}
 		if q.ShouldNotify() {
 			_ = t.NotifyQueue(i)
@@ -244,6 +263,10 @@ func echo(q *queue.Queue, i int, t virtio.Transport) {
 }
 
 func (d *fakeDevice) Reset() error {
+	if d.resetting != nil {
+		close(d.resetting)
+		<-d.resume
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.failReset != nil {
@@ -381,6 +404,17 @@ func (g *guest) setCfg(off, n int, v uint64) {
 	var b [8]byte
 	binary.LittleEndian.PutUint64(b[:], v)
 	g.f.WriteConfig(b[:n], off)
+	g.settle()
+}
+
+// settle waits until a reset that is under way has ended, which on a busy host may take longer than the function's grace.
+func (g *guest) settle() {
+	g.f.mu.Lock()
+	h := g.f.halting
+	g.f.mu.Unlock()
+	if h != nil {
+		<-h.done
+	}
 }
 
 func (g *guest) setCommand(v uint64) { g.setCfg(regCommand, 2, v) }
@@ -412,6 +446,7 @@ func (g *guest) write(addr uint64, n int, v uint64) {
 	if !g.f.WriteMMIO(addr, b[:n]) {
 		g.tb.Fatalf("nobody answers at %#x", addr)
 	}
+	g.settle()
 }
 
 // Offsets in struct virtio_pci_common_cfg, from the table of virtio 1.2, 4.1.4.3.

@@ -334,6 +334,7 @@ func FuzzFunction(f *testing.F) {
 				g.f.ReadMMIO(base+uint64(off), p)
 			}
 		}
+		g.settle()
 		if g.dev.running() && (g.f.readStatus()&virtio.StatusDriverOK == 0 || !g.f.master) {
 			t.Errorf("the device runs with status %#x, bus master %v", g.f.readStatus(), g.f.master)
 		}

@@ -89,7 +89,6 @@ func (f *Function) NotifyQueue(i int) error {
 // NotifyConfig implements virtio.Transport: the driver's view of the device configuration has changed
 // (virtio 1.2, 4.1.5.4).
 func (f *Function) NotifyConfig() error {
-	f.generation.Add(1)
 	return f.configInterrupt()
 }
 
@@ -164,7 +163,7 @@ func (f *Function) setMSIX() {
 func (f *Function) syncVectors() {
 	for i := range f.vectors {
 		if !f.check(f.syncVector(&f.vectors[i])) {
-			f.NeedsReset()
+			f.needReset()
 		}
 	}
 }
@@ -254,7 +253,7 @@ func (f *Function) writeTable(p []byte, off int) {
 		v.data = binary.LittleEndian.Uint32(b[entryData:])
 		v.masked = b[entryControl]&controlMasked != 0
 		if !f.check(f.syncVector(v)) {
-			f.NeedsReset()
+			f.needReset()
 		}
 	}
 }

@@ -9,9 +9,10 @@
 // Files follow the parts: config.go the configuration space, bar.go the memory, common.go the common configuration,
 // status.go the life of the device, doorbell.go notifications from the driver, msix.go and intx.go those to it.
 //
-// Locks: Function.mu serialises what the guest does through registers, and is held while the device is activated and
-// reset. What a device's worker calls (the virtio.Transport methods) takes only the locks of one vector and of the
-// interrupt line, which are never held while waiting for the device.
+// Locks: Function.mu serialises what the guest does through registers, and is held while the device is activated, but
+// not while it is reset, which waits for the device's I/O. What a device's worker calls (the virtio.Transport methods)
+// takes only the locks of one vector and of the interrupt line, which are never held while waiting for the device. An
+// access to another function's memory takes no lock here.
 package pci
 
 import (
@@ -76,20 +77,22 @@ type Function struct {
 	mu       sync.Mutex // guards what follows up to the blank line
 	closed   bool
 	config   configSpace
-	base     uint64 // guest-physical address of the BAR; 0 while it is not decoded
-	master   bool   // the driver lets the function access memory and send messages
-	active   bool   // the device is between Activate and Reset
+	master   bool // the driver lets the function access memory and send messages
+	active   bool // the device is between Activate and the beginning of its reset
+	halting  *halt
+	begun    *halt // halting, until the access that began it lets go of mu
 	status   virtio.Status
 	driver   driverRegs
 	funcMask bool        // MSI-X: all vectors are masked
 	queues   []queueRegs // the slices themselves never change, and their atomic fields need no lock
 	vectors  []vector
 
+	base         atomic.Uint64 // guest-physical address of the BAR, 0 while it is not decoded; written under mu
+	broken       atomic.Bool   // the device's last Reset failed: it may still be at work; written under mu
 	configVector atomic.Uint32 // vector of configuration changes, or noVector
 	msixOn       atomic.Bool   // MSI-X is enabled; written under mu
 	intx         line
 	answered     atomic.Uint64 // needed at the last reset: while they differ, the device needs another
-	generation   atomic.Uint32 // of the device configuration
 
 	interrupts, held, doorbells, resets, needed, hostErrors atomic.Uint64
 }
@@ -154,16 +157,22 @@ func (f *Function) Counters() Counters {
 // not answer accesses any more. A second Close does nothing. The error joins those of the device and the host.
 func (f *Function) Close() error {
 	f.mu.Lock()
-	defer f.mu.Unlock()
 	if f.closed {
+		f.mu.Unlock()
 		return nil
 	}
 	failed := f.hostErrors.Load()
-	f.closed, f.base = true, 0
-	err := f.stop()
-	f.clear()
+	f.closed = true
+	f.base.Store(0)
+	h := f.halt(true)
+	f.begun = nil // nobody else waits for it
+	f.mu.Unlock()
+	<-h.done
+
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.intx.mask(true)
-	f.syncDoorbells()
+	err := h.err
 	if n := f.hostErrors.Load() - failed; err == nil && n > 0 {
 		err = fmt.Errorf("virtio device %d on PCI: the host refused %d calls while it was taken down", f.dev.ID(), n)
 	}

@@ -97,7 +97,7 @@ func FuzzQueue(f *testing.F) {
 			}
 			switch {
 			case flags&0x80 == 0:
-				q.Push(c.Head, 1) // may well overwrite the rings
+				q.Push(&c, 1) // may well overwrite the rings
 				q.ShouldNotify()
 			case steps%3 == 0:
 				q.Undo()
@@ -158,7 +158,7 @@ func TestScribble(t *testing.T) {
 				chains++
 				touch(t, c.Readable, smallLen)
 				touch(t, c.Writable, smallLen)
-				q.Push(c.Head, 0)
+				q.Push(&c, 0)
 			}
 		}
 	}

@@ -29,13 +29,35 @@ func TestShouldNotifyEventIdx(t *testing.T) {
 				d.Queue.ShouldNotify() // the one that SetState owes
 				d.SetUsedEvent(start + uint16(ahead))
 				for range pushes {
-					d.Queue.Push(0, 0)
+					d.Queue.Push(&queue.Chain{}, 0)
 				}
 				want := ahead >= 0 && ahead < int(pushes)
 				if got := d.Queue.ShouldNotify(); got != want {
 					t.Errorf("from %d, %d pushes, used_event %+d: %v", start, pushes, ahead, got)
 				}
 			}
+		}
+	}
+}
+
+// TestShouldNotifyAfterWrap pushes so much between two looks at the driver's wish that the 16-bit index comes around.
+func TestShouldNotifyAfterWrap(t *testing.T) {
+	t.Parallel()
+	d := queuetest.New(t, queue.MaxSize, queuetest.Options{EventIdx: true})
+	d.SetDesc(0, queuetest.Desc{Addr: d.Alloc(1, 1), Len: 1})
+	var c queue.Chain
+	for _, pushes := range []int{1 << 15, 1 << 16, 1<<16 + 1} {
+		d.SetUsedEvent(d.UsedIdx() + 20000)
+		for range pushes {
+			d.MakeAvailable(0)
+			pop(t, d.Queue, &c)
+			d.Queue.Push(&c, 0)
+		}
+		if !d.Queue.ShouldNotify() {
+			t.Errorf("no notification after %d chains, one of which the driver waits for", pushes)
+		}
+		if d.Queue.ShouldNotify() {
+			t.Errorf("a second notification after %d chains", pushes)
 		}
 	}
 }
@@ -52,19 +74,19 @@ func TestShouldNotifyFlags(t *testing.T) {
 			t.Error("a notification of nothing")
 		}
 		pop(t, d.Queue, &c)
-		d.Queue.Push(c.Head, 0)
+		d.Queue.Push(&c, 0)
 		if !d.Queue.ShouldNotify() || d.Queue.ShouldNotify() {
 			t.Error("want one notification")
 		}
 		d.DisableInterrupts()
 		pop(t, d.Queue, &c)
-		d.Queue.Push(c.Head, 0)
+		d.Queue.Push(&c, 0)
 		if d.Queue.ShouldNotify() {
 			t.Error("a notification against the driver's wish")
 		}
 		d.EnableInterrupts()
 		pop(t, d.Queue, &c)
-		d.Queue.Push(c.Head, 0)
+		d.Queue.Push(&c, 0)
 		if !d.Queue.ShouldNotify() {
 			t.Error("no notification")
 		}
@@ -93,7 +115,7 @@ func TestKickSuppression(t *testing.T) {
 					if !ok {
 						break
 					}
-					d.Queue.Push(c.Head, 0)
+					d.Queue.Push(&c, 0)
 				}
 			}
 			close(step)
@@ -143,7 +165,7 @@ func TestNeighbours(t *testing.T) {
 		d.MakeAvailable(0)
 		var c queue.Chain
 		pop(t, q, &c)
-		q.Push(c.Head, 0)
+		q.Push(&c, 0)
 		// A worker that goes to sleep arms avail_event; a stop wakes it, and the next queue continues.
 		done := make(chan error)
 		go func() { done <- q.Wait() }()
@@ -204,7 +226,7 @@ func produceConsume(t *testing.T, opts queuetest.Options, pushers int) {
 				var in [8]byte
 				copy(in[copy(in[:], c.Readable[0].Bytes()):], c.Readable[1].Bytes())
 				binary.LittleEndian.PutUint64(c.Writable[0].Bytes(), 2*binary.LittleEndian.Uint64(in[:]))
-				d.Queue.Push(c.Head, 8)
+				d.Queue.Push(&c, 8)
 				if d.Queue.ShouldNotify() {
 					d.Interrupt()
 				}

@@ -43,6 +43,7 @@ func (q *Queue) empty() bool { return q.availIdx.Load() == uint16(q.popped.Load(
 func (q *Queue) enableKicks() {
 	if q.eventIdx {
 		q.availEvent.Store(uint16(q.popped.Load()))
+		q.mem.MarkDirty(q.usedAddr+uint64(ring.UsedEvents(q.size)), ring.EventSize)
 		return
 	}
 	q.silent = false
@@ -85,13 +86,18 @@ func (q *Queue) Pop(c *Chain) (bool, error) {
 		return false, q.fail("a chain more than the queue's %d entries", q.size)
 	}
 	c.Head = binary.LittleEndian.Uint16(q.avail[ring.AvailElemSize*int(next&(q.size-1)):])
-	c.Readable, c.Writable = c.Readable[:0], c.Writable[:0]
+	c.clear()
 	if err := q.walk(c); err != nil {
-		c.Readable, c.Writable = c.Readable[:0], c.Writable[:0]
+		c.clear()
 		return false, err
 	}
 	q.popped.Store(popped + 1)
 	return true, nil
+}
+
+// clear empties the lists.
+func (c *Chain) clear() {
+	c.Readable, c.Writable, c.spans, c.touched = c.Readable[:0], c.Writable[:0], c.spans[:0], false
 }
 
 // Undo gives back the chain that was popped last, as if Pop had not been called; it must not have been pushed. Called
@@ -152,6 +158,7 @@ func (q *Queue) walk(c *Chain) error {
 		switch {
 		case d.Flags&ring.FlagWrite != 0:
 			c.Writable, err = q.mem.AppendVec(c.Writable, d.Addr, uint64(d.Len))
+			c.spans = append(c.spans, span{d.Addr, uint64(d.Len)})
 		case len(c.Writable) > 0:
 			return q.bad(c, i, "readable after a writable one")
 		default:

@@ -13,7 +13,7 @@
 //			if !ok {
 //				break
 //			}
-//			q.Push(c.Head, handle(&c))
+//			q.Push(&c, handle(&c))
 //		}
 //		if q.ShouldNotify() {
 //			t.NotifyQueue(i)
@@ -65,12 +65,24 @@ type Config struct {
 }
 
 // Chain is one request of the driver: the bytes that the device reads, then those that it may write. Pop fills it in
-// and reuses its lists, so a Chain that is popped into again allocates nothing. The zero Chain is ready to use.
+// and reuses its lists, so a Chain that is popped into again allocates nothing. The zero Chain is ready to use. A device
+// may change the lists, or not keep them, but it keeps the Chain until Push.
 type Chain struct {
-	Head     uint16 // names the chain to Push
+	Head     uint16 // names the chain to the driver
 	Readable iov.Vec
 	Writable iov.Vec
+
+	// For dirty logs.
+	spans   []span // what Writable was when popped, as the guest names it
+	touched bool   // all of it counts as written
 }
+
+// Touched tells dirty logs, at Push, that the device may have written any bytes of the writable part: not only as many,
+// from its start on, as it tells the driver.
+func (c *Chain) Touched() { c.touched = true }
+
+// span is a range of guest-physical addresses.
+type span struct{ addr, n uint64 }
 
 // State is what a queue must remember beside guest memory.
 type State struct {
@@ -103,7 +115,8 @@ type Queue struct {
 	availFlags ring.Uint16 // written by the driver; unused with event-idx
 	avail      []byte      // entries of the available ring
 	usedEvent  ring.Uint16 // written by the driver: notify me when you use this index
-	used       []byte      // entries of the used ring
+	usedAddr   uint64      // guest-physical address of the used ring
+	used       []byte      // its entries
 	usedWord   *uint32     // its flags and idx
 	availEvent ring.Uint16 // written here: kick me when you add this index
 
@@ -119,7 +132,7 @@ type Queue struct {
 
 	mu        sync.Mutex // guards what follows, and the writes to pushed and usedWord
 	usedFlags uint16
-	notified  uint16 // used index at the last ShouldNotify
+	notified  uint64 // pushed at the last ShouldNotify
 	resumed   bool   // the driver may wait for a notification that was due before SetState
 
 	firstPop             uint64 // popped as SetState left it
@@ -165,6 +178,7 @@ func New(mem *memory.Memory, cfg Config, kick *Event) (*Queue, error) {
 	q.availFlags = ring.Uint16At(avail[ring.FlagsOffset:])
 	q.availIdx = ring.Uint16At(avail[ring.IndexOffset:])
 	q.avail = avail[ring.RingOffset:ring.AvailEvents(size)]
+	q.usedAddr = cfg.Device
 	q.usedWord = ring.Uint32At(used)
 	q.used = used[ring.RingOffset:ring.UsedEvents(size)]
 	if cfg.EventIdx {
@@ -217,7 +231,7 @@ func (q *Queue) SetState(s State) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.pushed.Store(uint64(s.Used))
-	q.notified, q.resumed = s.Used, true
+	q.notified, q.resumed = uint64(s.Used), true
 	return nil
 }
 

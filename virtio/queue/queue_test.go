@@ -106,7 +106,7 @@ func TestChains(t *testing.T) {
 			}
 			copy(c.Writable[0].Bytes(), "WXYZ")
 			copy(c.Writable[1].Bytes(), "!")
-			d.Queue.Push(c.Head, 5)
+			d.Queue.Push(&c, 5)
 			if got, n, ok := d.Used(); got != head || n != 5 || !ok {
 				t.Fatalf("Used = %d, %d, %v", got, n, ok)
 			}
@@ -197,7 +197,7 @@ func TestWrap(t *testing.T) {
 			}
 			slices.Reverse(heads)
 			for _, h := range heads {
-				d.Queue.Push(h, 0)
+				d.Queue.Push(&queue.Chain{Head: h}, 0)
 			}
 			for _, h := range heads {
 				if got, _, ok := d.Used(); got != h || !ok {
@@ -212,13 +212,13 @@ func TestWrap(t *testing.T) {
 func TestPushAll(t *testing.T) {
 	t.Parallel()
 	d := queuetest.New(t, 8, queuetest.Options{})
-	var c queue.Chain
 	for range 100 {
 		var all []queue.Used
 		for i := range uint32(5) {
-			head := d.Add(nil, [][]byte{make([]byte, 8)})
-			pop(t, d.Queue, &c)
-			all = append(all, queue.Used{Head: head, Written: i})
+			d.Add(nil, [][]byte{make([]byte, 8)})
+			c := new(queue.Chain)
+			pop(t, d.Queue, c)
+			all = append(all, queue.Used{Chain: c, Written: i})
 		}
 		before := d.UsedIdx()
 		seen := make(chan uint16)
@@ -233,7 +233,7 @@ func TestPushAll(t *testing.T) {
 			t.Fatalf("the driver saw %d of 5 chains", n)
 		}
 		for _, u := range all {
-			if head, n, ok := d.Used(); head != u.Head || n != u.Written || !ok {
+			if head, n, ok := d.Used(); head != u.Chain.Head || n != u.Written || !ok {
 				t.Fatalf("Used = %d, %d, %v; want %+v", head, n, ok, u)
 			}
 		}
@@ -287,7 +287,7 @@ func TestStop(t *testing.T) {
 			t.Fatalf("Wait after Stop: %v", err)
 		}
 	}
-	d.Queue.Push(c.Head, 0)
+	d.Queue.Push(&c, 0)
 	if d.UsedIdx() != 1 {
 		t.Errorf("used index %d after a Push", d.UsedIdx())
 	}
@@ -369,9 +369,9 @@ func TestSetState(t *testing.T) {
 	if d.Queue.ShouldNotify() {
 		t.Error("a second notification")
 	}
-	d.Queue.Push(7, 0)
-	d.Queue.Push(6, 0)
-	d.Queue.Push(head, 0)
+	d.Queue.Push(&queue.Chain{Head: 7}, 0)
+	d.Queue.Push(&queue.Chain{Head: 6}, 0)
+	d.Queue.Push(&c, 0)
 	if d.UsedIdx() != 2 {
 		t.Errorf("used index %d, want 2", d.UsedIdx())
 	}
@@ -393,7 +393,7 @@ func TestAllocs(t *testing.T) {
 				t.Fatal(err)
 			}
 			pop(t, d.Queue, &c)
-			d.Queue.Push(c.Head, 1)
+			d.Queue.Push(&c, 1)
 			if !d.Queue.ShouldNotify() {
 				t.Fatal("no notification")
 			}
@@ -420,7 +420,7 @@ func BenchmarkPopPush(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				pop(b, d.Queue, &c)
-				d.Queue.Push(c.Head, 1)
+				d.Queue.Push(&c, 1)
 				d.Queue.ShouldNotify()
 				d.MakeAvailable(head)
 			}

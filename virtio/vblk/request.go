@@ -33,12 +33,14 @@ type request struct {
 	chain queue.Chain
 	out   iov.Vec // the chain's readable part, without what has been parsed
 	in    iov.Vec // its writable part, without the status byte
+	room  int     // bytes of its writable part
 }
 
 // serve carries out the request in r.chain and returns the length for the used ring: the bytes of data written to the
 // chain and the status byte.
 func (d *Device) serve(r *request) uint32 {
 	r.out, r.in = r.chain.Readable, r.chain.Writable
+	r.room = r.in.Size()
 	status := lastByte(r.in)
 	if status == nil {
 		d.malformed.Add(1)

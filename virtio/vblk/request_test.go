@@ -3,8 +3,10 @@ package vblk
 import (
 	"bytes"
 	"math"
+	"runtime"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/iov"
@@ -401,5 +403,55 @@ func TestServeDoesNotAllocate(t *testing.T) {
 	}
 	if s := dev.disk.Stats(); s == (blk.Stats{}) {
 		t.Error("nothing was served")
+	}
+}
+
+// TestDirty has a dirty log see what a request changed in guest memory: for one that fails too.
+func TestDirty(t *testing.T) {
+	t.Parallel()
+	r := start(t, setup{})
+	log := r.Mem.EnableDirty()
+	defer log.Close()
+	const page = 4096
+	head, buf := r.Alloc(16, 16), r.Alloc(8*page, page)
+	used := r.Config.Device
+	event := used + 4 + 8*uint64(r.Config.Size)
+	for _, tc := range []struct {
+		name   string
+		typ    uint32
+		fail   bool
+		status byte
+		want   []uint64
+	}{
+		{"read", typeIn, false, statusOK, []uint64{0, 1, 2, 3, 7}},
+		{"failed read", typeIn, true, statusIOErr, []uint64{0, 1, 2, 3, 7}},
+		{"identify", typeGetID, false, statusOK, []uint64{0, 1, 2, 3, 7}}, // more room than there is ID
+		{"unknown", 99, false, statusUnsupp, []uint64{0, 1, 2, 3, 7}},
+	} {
+		r.memory.fail.Store(tc.fail)
+		copy(r.Bytes(head, 16), header(tc.typ, 0))
+		r.SetDesc(0, queuetest.Desc{Addr: head, Len: 16, Flags: queuetest.FlagNext, Next: 1})
+		r.SetDesc(1, queuetest.Desc{Addr: buf, Len: 4 * page, Flags: queuetest.FlagWrite | queuetest.FlagNext, Next: 2})
+		r.SetDesc(2, queuetest.Desc{Addr: buf + 8*page - 1, Len: 1, Flags: queuetest.FlagWrite})
+		before := r.UsedIdx()
+		r.MakeAvailable(0)
+		r.Kick()
+		r.awaitUsed(before + 1)
+		if s := r.Bytes(buf+8*page-1, 1)[0]; s != tc.status {
+			t.Errorf("%s: status %d, want %d", tc.name, s, tc.status)
+		}
+		want := []uint64{used}
+		for _, p := range tc.want {
+			want = append(want, buf+p*page)
+		}
+		// The worker marks after it has published; and one that goes to sleep again writes avail_event when it likes.
+		want = queuetest.Pages(append(want, event)...)
+		var got []uint64
+		for deadline := time.Now().Add(queuetest.Timeout); !slices.Equal(got, want); runtime.Gosched() {
+			got = queuetest.Pages(append(got, queuetest.Dirty(t, r.Mem, log)...)...)
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: pages %#x, want %#x", tc.name, got, want)
+			}
+		}
 	}
 }

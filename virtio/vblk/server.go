@@ -30,7 +30,7 @@ func startServer(d *Device, q *queue.Queue, index int, t virtio.Transport) *serv
 func (s *server) work() {
 	r := new(request)
 	for s.next(&r.chain) {
-		s.finish(r.chain.Head, s.dev.serve(r))
+		s.finish(r, s.dev.serve(r))
 	}
 }
 
@@ -52,8 +52,12 @@ func (s *server) next(c *queue.Chain) bool {
 }
 
 // finish returns a request to the driver and tells it so, unless it said that it will look by itself.
-func (s *server) finish(head uint16, written uint32) {
-	s.queue.Push(head, written)
+func (s *server) finish(r *request, written uint32) {
+	if int(written) < r.room {
+		// The status byte is the last one, and a read that failed may have changed any before it.
+		r.chain.Touched()
+	}
+	s.queue.Push(&r.chain, written)
 	if s.queue.ShouldNotify() && s.transport.NotifyQueue(s.index) != nil {
 		s.dev.lost.Add(1)
 	}

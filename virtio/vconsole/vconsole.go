@@ -53,7 +53,7 @@ type Options struct {
 	Ports []string
 }
 
-// Device is a virtio console. It implements virtio.Device. All methods may be called from any goroutine.
+// Device is a virtio console. It implements virtio.ConfigGenerator. All methods may be called from any goroutine.
 type Device struct {
 	ports []*Port // by port number; ports[0] is nil without a console
 
@@ -64,8 +64,11 @@ type Device struct {
 	control *sync.Cond  // a pending bit was set, or the activation ends
 	cols    uint16
 	rows    uint16
+	changes uint8 // of the configuration: its generation
 	stats   Stats
 }
+
+var _ virtio.ConfigGenerator = (*Device)(nil)
 
 // Stats are a device's counters since New.
 type Stats struct {
@@ -158,6 +161,7 @@ func (d *Device) resize(cols, rows uint16) *activation {
 		return nil
 	}
 	d.cols, d.rows = cols, rows
+	d.changes++
 	if p.ready {
 		d.send(p, pendingResize)
 	}
@@ -203,6 +207,13 @@ func (d *Device) ReadConfig(p []byte, off int) {
 	if off >= 0 && off < configSize {
 		copy(p, c[off:])
 	}
+}
+
+// ConfigGeneration implements virtio.ConfigGenerator.
+func (d *Device) ConfigGeneration() uint8 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.changes
 }
 
 // WriteConfig ignores the write: the driver may change nothing here.

@@ -95,6 +95,10 @@ func TestShape(t *testing.T) {
 		t.Errorf("features %#x: a size without a console", f)
 	}
 	d.Resize(80, 25)
+	d.Resize(80, 25)
+	if n := d.ConfigGeneration(); n != 1 {
+		t.Errorf("generation %d after a change before any driver, was 0", n)
+	}
 	want := []byte{80, 0, 25, 0, 3, 0, 0, 0, 0, 0, 0, 0}
 	got := bytes.Repeat([]byte{0xee}, 16)
 	d.ReadConfig(got, 0)
@@ -139,8 +143,8 @@ func TestHandshake(t *testing.T) {
 	d.Resize(80, 24)
 	g.expect(0, eventResize, 0, "\x50\x00\x18\x00")
 	d.Resize(80, 24)
-	if n := g.ConfigChanges(); n != 1 {
-		t.Errorf("%d configuration changes, want 1", n)
+	if n, gen := g.ConfigChanges(), d.ConfigGeneration(); n != 1 || gen != 2 {
+		t.Errorf("%d configuration changes, want 1; generation %d, want 2", n, gen)
 	}
 	// A driver that starts over gets the same again.
 	g.control(7, eventDeviceReady, 1)

@@ -18,7 +18,7 @@ type worker struct {
 
 // done gives the popped chain back with n bytes written into it, and interrupts the driver if it wants to know.
 func (w *worker) done(n int) {
-	w.queue.Push(w.chain.Head, uint32(n))
+	w.queue.Push(&w.chain, uint32(n))
 	if w.queue.ShouldNotify() {
 		// The driver is told again with the next chain; nothing better can be done here about a failed interrupt.
 		_ = w.transport.NotifyQueue(w.index)

@@ -113,18 +113,28 @@ func TestLink(t *testing.T) {
 		c.dev.ReadConfig(b[:], 6)
 		return b[0]
 	}
+	changes := 0
 	for _, step := range []struct {
 		up      bool
 		status  byte
 		changes int
 	}{{true, 1, 0}, {false, 0, 1}, {false, 0, 1}, {true, 1, 2}} {
+		before := c.dev.ConfigGeneration()
 		c.dev.SetLink(step.up)
+		if got := c.dev.ConfigGeneration() - before; int(got) != step.changes-changes {
+			t.Errorf("link %v: the generation stepped by %d", step.up, got)
+		}
+		changes = step.changes
 		if status() != step.status || c.ConfigChanges() != step.changes {
 			t.Errorf("link %v: status %d, %d changes", step.up, status(), c.ConfigChanges())
 		}
 	}
 	c.reset()
+	before := c.dev.ConfigGeneration()
 	c.dev.SetLink(false)
+	if got := c.dev.ConfigGeneration() - before; got != 1 {
+		t.Errorf("after reset: the generation stepped by %d", got)
+	}
 	if status() != 0 || c.ConfigChanges() != 2 {
 		t.Errorf("after reset: status %d, %d changes", status(), c.ConfigChanges())
 	}
@@ -144,6 +154,7 @@ func TestBackendEnds(t *testing.T) {
 	if err := c.dev.Err(); err != nil {
 		t.Errorf("%v before the worker can have met the end", err)
 	}
+	before := c.dev.ConfigGeneration()
 	c.post(100)
 	for deadline := time.Now().Add(queuetest.Timeout); c.dev.Err() == nil; runtime.Gosched() {
 		if time.Now().After(deadline) {
@@ -160,6 +171,10 @@ func TestBackendEnds(t *testing.T) {
 	}
 	c.send(none, f)
 	c.reset()
+	c.start(all) // up again, until there is a buffer to receive into
+	if got := c.dev.ConfigGeneration() - before; got != 2 {
+		t.Errorf("the generation stepped by %d while the link went down and up", got)
+	}
 }
 
 // stubborn is a backend on which something fails.

@@ -3,6 +3,7 @@ package vnet
 import (
 	"encoding/binary"
 	"errors"
+	"sync/atomic"
 
 	"github.com/kvmlet/kvmlet/iov"
 	"github.com/kvmlet/kvmlet/net"
@@ -101,15 +102,15 @@ func (r *receiver) frames() error {
 		case r.stopping.Load():
 			return queue.ErrStopped
 		case errors.Is(err, net.ErrFrameTooLong):
-			r.dev.stats.rxTooLong.Add(1)
+			r.drop(&r.dev.stats.rxTooLong)
 			continue
 		case err != nil:
 			return err
 		case n < net.HeaderLen:
-			r.dev.stats.rxInvalid.Add(1)
+			r.drop(&r.dev.stats.rxInvalid)
 			continue
 		case n > r.limit && !r.unsegmented():
-			r.dev.stats.rxTooLong.Add(1)
+			r.drop(&r.dev.stats.rxTooLong)
 			continue
 		}
 		ok, err := r.place(n)
@@ -117,12 +118,20 @@ func (r *receiver) frames() error {
 			return err
 		}
 		if !ok {
-			r.dev.stats.rxTooLong.Add(1)
+			r.drop(&r.dev.stats.rxTooLong)
 			continue
 		}
 		r.dev.stats.rxFrames.Add(1) // before the driver sees the frame
 		r.dev.stats.rxBytes.Add(uint64(n - net.HeaderLen))
 		r.push(n)
+	}
+}
+
+// drop counts a frame that the driver does not get to see. Its buffers may hold some of it and wait for the next one.
+func (r *receiver) drop(reason *atomic.Uint64) {
+	reason.Add(1)
+	for i := range r.window {
+		r.at(i).Touched()
 	}
 }
 
@@ -218,7 +227,7 @@ func (r *receiver) push(n int) {
 	for off := 0; off < n; r.window-- {
 		b := r.at(0)
 		m := min(b.size, n-off)
-		r.used = append(r.used, queue.Used{Head: b.Head, Written: uint32(m)})
+		r.used = append(r.used, queue.Used{Chain: &b.Chain, Written: uint32(m)})
 		off += m
 		r.bytes -= b.size
 		r.first = (r.first + 1) % len(r.buffers)

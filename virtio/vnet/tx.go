@@ -23,10 +23,10 @@ type transmitter struct {
 }
 
 // run sends frames until the device is reset or a chain turns out malformed. The driver is notified once for all that
-// was there.
+// was there, and at least once around the queue, however fast it adds more.
 func (t *transmitter) run() {
 	for t.queue.Wait() == nil {
-		for !t.stopping.Load() {
+		for left := t.queue.Size(); left > 0 && !t.stopping.Load(); left-- {
 			ok, err := t.queue.Pop(&t.chain)
 			if err == nil && ok {
 				err = t.send()
@@ -38,7 +38,7 @@ func (t *transmitter) run() {
 			if !ok {
 				break
 			}
-			t.queue.Push(t.chain.Head, 0)
+			t.queue.Push(&t.chain, 0)
 		}
 		if t.queue.ShouldNotify() {
 			_ = t.transport.NotifyQueue(txQueue) // the next frame notifies again

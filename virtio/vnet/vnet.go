@@ -52,7 +52,7 @@ type Options struct {
 	QueueSize int     // of each queue, a power of two up to MaxQueueSize; 0: DefaultQueueSize
 }
 
-// Device is a virtio network card. It implements virtio.Device. All methods may be called from any goroutine.
+// Device is a virtio network card. It implements virtio.ConfigGenerator. All methods may be called from any goroutine.
 type Device struct {
 	backend   net.Backend
 	mac       net.MAC
@@ -63,11 +63,14 @@ type Device struct {
 
 	lifecycle sync.Mutex // held by Activate, Reset and Close from end to end
 
-	mu        sync.Mutex // guards what follows
-	active    *activation
-	unplugged bool  // by SetLink
-	failure   error // of the backend, since Activate
+	mu         sync.Mutex // guards what follows
+	active     *activation
+	unplugged  bool  // by SetLink
+	failure    error // of the backend, since Activate
+	generation uint8 // of the configuration
 }
+
+var _ virtio.ConfigGenerator = (*Device)(nil)
 
 // activation is one life of the device between DRIVER_OK and reset.
 type activation struct {
@@ -118,6 +121,9 @@ func (d *Device) plug(up bool) *activation {
 	defer d.mu.Unlock()
 	changed := d.unplugged == up
 	d.unplugged = !up
+	if changed {
+		d.generation++
+	}
 	if !changed || d.active == nil || d.active.stopping.Load() {
 		return nil
 	}
@@ -164,6 +170,13 @@ func (d *Device) ReadConfig(p []byte, off int) {
 	}
 }
 
+// ConfigGeneration implements virtio.ConfigGenerator.
+func (d *Device) ConfigGeneration() uint8 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.generation
+}
+
 // WriteConfig ignores the write: since virtio 1 the driver may change nothing here.
 func (d *Device) WriteConfig([]byte, int) {}
 
@@ -187,7 +200,8 @@ func (d *Device) Activate(f virtio.Features, queues []*queue.Queue, t virtio.Tra
 	if err := d.backend.SetDeadline(time.Time{}); err != nil {
 		return fmt.Errorf("vnet: start the backend: %w", err)
 	}
-	d.active, d.failure = a, nil
+	d.active = a
+	d.setFailure(nil)
 	if q := queues[rxQueue]; q != nil {
 		a.workers.Go(newReceiver(d, a, q).run)
 	}
@@ -245,7 +259,15 @@ func (d *Device) reset() error {
 // fail records that no more frames will come, and takes the link down.
 func (d *Device) fail(a *activation, err error) {
 	d.mu.Lock()
-	d.failure = err
+	d.setFailure(err)
 	d.mu.Unlock()
 	_ = a.transport.NotifyConfig()
+}
+
+// setFailure sets the failure, which is part of the configuration's status. d.mu is held.
+func (d *Device) setFailure(err error) {
+	if (d.failure == nil) != (err == nil) {
+		d.generation++
+	}
+	d.failure = err
 }

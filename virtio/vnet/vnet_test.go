@@ -4,14 +4,17 @@ import (
 	"bytes"
 	"errors"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/kvmlet/kvmlet/iov"
 	"github.com/kvmlet/kvmlet/net"
 	"github.com/kvmlet/kvmlet/net/pipe"
 	"github.com/kvmlet/kvmlet/virtio"
+	"github.com/kvmlet/kvmlet/virtio/queue/queuetest"
 )
 
 func TestNewRefuses(t *testing.T) {
@@ -383,5 +386,53 @@ func TestBothWays(t *testing.T) {
 	}
 	if s := c.dev.Stats(); s.RxFrames != frames || s.TxFrames != frames {
 		t.Errorf("%+v", s)
+	}
+}
+
+// TestDirty has a dirty log see the pages of received frames, and of a buffer that a dropped frame may have changed.
+func TestDirty(t *testing.T) {
+	t.Parallel()
+	near, far := pipe.New(pipe.Options{})
+	c := &card{tb: t, dev: newDevice(t, near, Options{}), far: far}
+	c.start(virtio.VersionOne) // no merging: a frame that does not fit its buffer is dropped
+	log := c.rx.Mem.EnableDirty()
+	defer log.Close()
+	const page = 4096
+	buf := c.rx.Alloc(4*page, page)
+	used := c.rx.Config.Device
+	for _, tc := range []struct {
+		drop, frame int
+		want        []uint64
+	}{
+		{0, page, []uint64{0, 1}},
+		{0, 60, []uint64{0}},
+		{3 * page, 60, []uint64{0, 1, 2}},
+	} {
+		c.rx.SetDesc(0, queuetest.Desc{Addr: buf, Len: 3 * page, Flags: queuetest.FlagWrite})
+		before := c.rx.UsedIdx()
+		c.rx.MakeAvailable(0)
+		c.rx.Kick()
+		if tc.drop > 0 {
+			c.farSend(frame(tc.drop, 1))
+		}
+		c.farSend(frame(tc.frame, 2))
+		for deadline := time.Now().Add(queuetest.Timeout); c.rx.UsedIdx() == before; runtime.Gosched() {
+			if time.Now().After(deadline) {
+				t.Fatal("no frame")
+			}
+		}
+		want := []uint64{used}
+		for _, p := range tc.want {
+			want = append(want, buf+p*page)
+		}
+		want = queuetest.Pages(want...)
+		var got []uint64
+		for deadline := time.Now().Add(queuetest.Timeout); !slices.Equal(got, want); runtime.Gosched() {
+			got = queuetest.Pages(append(got, queuetest.Dirty(t, c.rx.Mem, log)...)...)
+			got = slices.DeleteFunc(got, func(addr uint64) bool { return addr >= c.tx.Config.Desc }) // when the sender sleeps
+			if time.Now().After(deadline) {
+				t.Fatalf("frame of %d bytes: pages %#x, want %#x", tc.frame, got, want)
+			}
+		}
 	}
 }

@@ -113,7 +113,7 @@ func (d *Device) work(q *queue.Queue, t virtio.Transport) {
 		if !ok {
 			continue
 		}
-		q.Push(c.Head, uint32(d.fill(c.Writable)))
+		q.Push(&c, uint32(d.fill(c.Writable)))
 		if q.ShouldNotify() && t.NotifyQueue(0) != nil {
 			d.lost.Add(1)
 		}

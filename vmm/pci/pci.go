@@ -13,7 +13,8 @@ import (
 // Function is what sits in a slot. Its methods may be called from several vCPUs at once.
 //
 // ReadConfig and WriteConfig access 1, 2 or 4 bytes of its 4 KiB configuration space. ReadMMIO and WriteMMIO access
-// device memory; they return false where addr lies in no enabled BAR of the function.
+// device memory; they return false where addr lies in no enabled BAR of the function. Every access to device memory asks
+// the functions in turn, so that answer must not wait for anything.
 type Function interface {
 	ReadConfig(p []byte, off int)
 	WriteConfig(p []byte, off int)
