@@ -169,7 +169,7 @@ func identityMap() []byte {
 		for i := range n {
 			b = binary.LittleEndian.AppendUint64(b, entry(i))
 		}
-		b = b[:align(uint64(len(b)), memory.PageSize)]
+		b = b[:alignPage(uint64(len(b)))]
 	}
 	add(1, func(int) uint64 { return pdptAddr | pagePresent | pageWrite })
 	add(4, func(i int) uint64 { return pdAddr + uint64(i)*memory.PageSize | pagePresent | pageWrite })

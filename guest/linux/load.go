@@ -258,7 +258,7 @@ func (l *loader) placeInitrd() error {
 		if n < 0 || n > memory.MaxSize {
 			return fmt.Errorf("%w: a part of %d bytes", ErrInitrdTooLarge, n)
 		}
-		size = align(size, memory.PageSize) + uint64(n)
+		size = alignPage(size) + uint64(n)
 		if size > memory.MaxSize {
 			return fmt.Errorf("%w: %d bytes", ErrInitrdTooLarge, size)
 		}
@@ -266,7 +266,7 @@ func (l *loader) placeInitrd() error {
 	if size == 0 {
 		return nil
 	}
-	bottom := align(l.program.end(), memory.PageSize)
+	bottom := alignPage(l.program.end())
 	top := min(l.lowEnd, uint64(l.header.InitrdAddrMax)+1)
 	if at, ok := placeBelow(bottom, top, size); ok {
 		l.initrd = Range{at, size}
@@ -293,7 +293,7 @@ func placeBelow(bottom, top, size uint64) (uint64, bool) {
 	return at, at >= bottom
 }
 
-func align(n, to uint64) uint64 { return (n + to - 1) &^ (to - 1) }
+func alignPage(n uint64) uint64 { return (n + memory.PageSize - 1) &^ (memory.PageSize - 1) }
 
 // read brings the kernel and the initrd into memory: it maps the pages of stable files and copies the rest, by several
 // goroutines at once.
@@ -315,7 +315,7 @@ func (l *loader) read(src *source) error {
 	}
 	at := l.initrd.Addr
 	for _, b := range l.o.Initrd {
-		at = align(at, memory.PageSize)
+		at = alignPage(at)
 		n := uint64(b.Size())
 		if files, err = l.add(files, "initrd", b, 0, at, n); err != nil {
 			return err

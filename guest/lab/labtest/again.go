@@ -12,7 +12,7 @@ import (
 const attempts = 2
 
 const (
-	// Hung, logged by every failed test, has a package's tests run once more, if this is a lab. Log it where a guest was
+	// Hung in the log of every failed test has a package's tests run once more, if this is a lab. Log it where a guest was
 	// found to spin in its kernel with interrupts off: QEMU's emulation of SVM now and then gives a nested guest an
 	// interrupt twice, once of them while its interrupts are off, and the handler waits for a lock that the interrupted
 	// code holds (see lab.DefaultCPUs). No VMM can help that. All other failures count, and so does this where KVM is
