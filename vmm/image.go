@@ -7,8 +7,6 @@ import (
 	"io"
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/kvmlet/kvmlet/guest/image"
 	"github.com/kvmlet/kvmlet/guest/linux"
 )
@@ -87,7 +85,7 @@ func (i *Image) addKernel(path string) (err error) {
 }
 
 func (i *Image) addInitrd(path string) error {
-	f, size, err := openRegular(path)
+	f, size, err := image.OpenRegular(path)
 	if err != nil {
 		return fmt.Errorf("initrd: %w", err)
 	}
@@ -98,7 +96,7 @@ func (i *Image) addInitrd(path string) error {
 
 // addStored adds a file of the store, which nobody writes to any more.
 func (i *Image) addStored(path string) error {
-	f, size, err := openRegular(path)
+	f, size, err := image.OpenRegular(path)
 	if err != nil {
 		return fmt.Errorf("guest image: %w", err)
 	}
@@ -129,7 +127,7 @@ func (i *Image) addPinned(ctx context.Context, o *ImageOptions) error {
 	if err != nil {
 		return err
 	}
-	f, size, err := openRegular(unpacked)
+	f, size, err := image.OpenRegular(unpacked)
 	if err != nil {
 		return fmt.Errorf("unpacked kernel: %w", err)
 	}
@@ -161,20 +159,4 @@ func (i *Image) addAgent(ctx context.Context, o *ImageOptions) error {
 		return err
 	}
 	return i.addStored(path)
-}
-
-func openRegular(path string) (*os.File, int64, error) {
-	// Without O_NONBLOCK the open of a pipe would wait for somebody to write to it.
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, 0, err
-	}
-	st, err := f.Stat()
-	if err == nil && !st.Mode().IsRegular() {
-		err = fmt.Errorf("%s: not a regular file", path)
-	}
-	if err != nil {
-		return nil, 0, errors.Join(err, f.Close())
-	}
-	return f, st.Size(), nil
 }

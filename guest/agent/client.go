@@ -324,8 +324,8 @@ func (c *Client) Sync(ctx context.Context) error {
 	return err
 }
 
-// Mount is one mount(2) call of the guest. A target that is missing is made as a directory first; with neither source
-// nor type that is all.
+// Mount is one mount(2) call of the guest. A target that is missing is made first, as a file where one is bound to it and
+// as a directory elsewhere; with neither source nor type that is all.
 type Mount struct {
 	Source, Target, Type string
 	Flags                uintptr // MS_*

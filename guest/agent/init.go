@@ -141,10 +141,10 @@ func setHostname(name string) error {
 	return nil
 }
 
-// mount does one mount(2), making the target directory if there is none.
+// mount does one mount(2), making the target if there is none.
 func mount(m Mount) error {
 	if _, err := os.Lstat(m.Target); errors.Is(err, os.ErrNotExist) {
-		if err := os.MkdirAll(m.Target, 0o755); err != nil {
+		if err := makeTarget(m); err != nil {
 			return err
 		}
 	}
@@ -155,6 +155,27 @@ func mount(m Mount) error {
 		return fmt.Errorf("mount %s (type %s, options %q) on %s: %w", m.Source, m.Type, m.Options, m.Target, err)
 	}
 	return nil
+}
+
+// makeTarget makes what m is mounted on: a file for a file that is bound there, else a directory.
+func makeTarget(m Mount) error {
+	if m.Flags&unix.MS_BIND != 0 {
+		source, err := os.Stat(m.Source)
+		if err != nil {
+			return err
+		}
+		if !source.IsDir() {
+			if err := os.MkdirAll(filepath.Dir(m.Target), 0o755); err != nil {
+				return err
+			}
+			f, err := os.OpenFile(m.Target, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+			if err != nil {
+				return err
+			}
+			return f.Close()
+		}
+	}
+	return os.MkdirAll(m.Target, 0o755)
 }
 
 // watchSignals reaps children and takes the requests that others send to PID 1.

@@ -2,13 +2,18 @@ package guesttest_test
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
+	stdnet "net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/kvmlet/kvmlet/guest/guesttest"
 	"github.com/kvmlet/kvmlet/guest/image"
@@ -30,12 +35,12 @@ var boots = []struct {
 	{"power-off", nil, nil, powerOff, vmm.PowerOff},
 	{"stop during I/O", nil, startWriter, stop, vmm.Stopped},
 	{"panic", nil, nil, crashKernel, vmm.Panic},
-	{"reboot without ACPI", twoCPUsByMPTable, findsTwoCPUs, reboot, vmm.Reboot},
+	{"reboot without ACPI and MSI", twoCPUsByMPTable, findsTwoCPUs, reboot, vmm.Reboot},
 	{"stop in a pause", nil, nil, stopPaused, vmm.Stopped},
 	{"ELF kernel on the baseline CPU", elfKernel, hasBaselineCPU, powerOff, vmm.PowerOff},
 	{"bzImage that unpacks itself", stubKernel, nil, stop, vmm.Stopped},
 	{"5 GiB", fiveGiB, usesFiveGiB, powerOff, vmm.PowerOff},
-	{"reboot", nil, nil, reboot, vmm.Reboot},
+	{"reboot without MSI", noMSI, usesINTx, reboot, vmm.Reboot},
 	{"stop", nil, nil, stop, vmm.Stopped},
 }
 
@@ -130,8 +135,12 @@ func startWriter(t *testing.T, g *guesttest.Guest) {
 	}
 }
 
-// twoCPUsByMPTable leaves the kernel nothing but the MP table to learn of CPUs and interrupts. It cannot power off then.
-func twoCPUsByMPTable(_ *testing.T, c *guesttest.Config) { c.CPUs, c.Cmdline = 2, "acpi=off" }
+// twoCPUsByMPTable leaves the kernel nothing but the MP table to learn of CPUs and interrupts, those of the devices' pins
+// among them. It cannot power off then.
+func twoCPUsByMPTable(t *testing.T, c *guesttest.Config) {
+	noMSI(t, c)
+	c.CPUs, c.Cmdline = 2, c.Cmdline+" acpi=off"
+}
 
 func findsTwoCPUs(t *testing.T, g *guesttest.Guest) {
 	info, err := g.Agent().Info(t.Context())
@@ -143,6 +152,58 @@ func findsTwoCPUs(t *testing.T, g *guesttest.Guest) {
 	}
 	if got := helperOutput(t, g, "acpi"); got != "0 tables" {
 		t.Errorf("ACPI is not off: %s", got)
+	}
+	usesINTx(t, g)
+}
+
+// The link of guests that use their card.
+const hostAddress, guestAddress = "192.168.79.1", "192.168.79.2"
+
+// noMSI leaves the devices nothing but the interrupt pins of PCI.
+func noMSI(t *testing.T, c *guesttest.Config) {
+	spec, err := net.ParseSpec("tap=vm0,hostip=" + hostAddress + "/24")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Nets = []vmm.Net{{Spec: spec}}
+	c.Cmdline = "pci=nomsi kvmlet.ip=" + guestAddress + "/24"
+}
+
+// usesINTx has the guest use its disk and its card, and then finds every device's interrupts at the I/O APIC.
+func usesINTx(t *testing.T, g *guesttest.Guest) {
+	if got := helperOutput(t, g, "disk"); got != "64 blocks" {
+		t.Errorf("the disk: %s", got)
+	}
+	// A socket is of the network that its maker's thread is in, which is this test's.
+	server, err := stdnet.Listen("tcp4", hostAddress+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	echoed := make(chan error, 1)
+	go func() {
+		conn, err := server.Accept()
+		if err == nil {
+			_, err = io.Copy(conn, conn)
+			conn.Close()
+		}
+		echoed <- err
+	}()
+	if got := strings.TrimSpace(run(t, g, "/init", helperArg, "echo", server.Addr().String())); got != "1048576 bytes" {
+		t.Errorf("the card: %s", got)
+	}
+	if err := <-echoed; err != nil {
+		t.Error(err)
+	}
+	table := helperOutput(t, g, "interrupts")
+	if strings.Contains(table, "MSI") {
+		t.Errorf("there are MSIs:\n%s", table)
+	}
+	for i := range 4 { // disk, card, entropy and console
+		line := regexp.MustCompile(fmt.Sprintf(`(?m)^ *\d+: .*IO-APIC .*\bvirtio%d\b`, i)).FindString(table)
+		if line == "" {
+			t.Errorf("no interrupt of virtio%d at the I/O APIC:\n%s", i, table)
+		}
 	}
 }
 
@@ -227,6 +288,71 @@ func helperOutput(t testing.TB, g *guesttest.Guest, name string) string {
 func acpi() error {
 	list, err := filepath.Glob("/sys/firmware/acpi/tables/[A-Z]*")
 	fmt.Println(len(list), "tables")
+	return err
+}
+
+// disk writes blocks all over the disk and reads them back, past the cache.
+func disk() error {
+	f, err := os.OpenFile("/dev/vda", os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	const blocks, size = 64, 4096
+	page, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return err
+	}
+	content := func(i int) []byte { return bytes.Repeat([]byte{byte(i), 1, 2, 3}, size/4) }
+	for i := range blocks {
+		copy(page, content(i))
+		if _, err := f.WriteAt(page, int64(i*size)); err != nil {
+			return err
+		}
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	for i := range blocks {
+		if _, err := f.ReadAt(page, int64(i*size)); err != nil {
+			return err
+		}
+		if !bytes.Equal(page, content(i)) {
+			return fmt.Errorf("block %d differs", i)
+		}
+	}
+	fmt.Println(blocks, "blocks")
+	return nil
+}
+
+// echo sends bytes to the server that its argument names, and wants them back.
+func echo() error {
+	conn, err := stdnet.Dial("tcp4", os.Args[3])
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	sent := random(3, 1<<20)
+	failed := make(chan error, 1)
+	go func() {
+		_, err := conn.Write(sent)
+		failed <- errors.Join(err, conn.(*stdnet.TCPConn).CloseWrite())
+	}()
+	got, err := io.ReadAll(conn)
+	if err := errors.Join(err, <-failed); err != nil {
+		return err
+	}
+	if !bytes.Equal(got, sent) {
+		return fmt.Errorf("%d bytes came back, and not those that were sent", len(got))
+	}
+	fmt.Println(len(got), "bytes")
+	return nil
+}
+
+// interrupts prints what uses which.
+func interrupts() error {
+	table, err := os.ReadFile("/proc/interrupts")
+	fmt.Printf("%s", table)
 	return err
 }
 

@@ -29,6 +29,7 @@ import (
 	"github.com/kvmlet/kvmlet/guest/lab/labtest"
 	"github.com/kvmlet/kvmlet/guest/tail"
 	"github.com/kvmlet/kvmlet/vmm"
+	"github.com/kvmlet/kvmlet/vmm/kvm"
 	"github.com/kvmlet/kvmlet/vmm/vcpu"
 )
 
@@ -42,7 +43,7 @@ func Main(m *testing.M) {
 		flag.Parse()
 	}
 	// A lab cannot write to the host's cache, so what is missing there is made before.
-	if list := flag.Lookup("test.list"); !labtest.HardwareKVM() && list.Value.String() == "" {
+	if list := flag.Lookup("test.list"); list.Value.String() == "" && !lab.Inside() && kvm.CheckHardware() != nil {
 		if err := prepare(); err != nil {
 			fmt.Fprintln(os.Stderr, "prepare the guests of the tests:", err)
 			os.Exit(1)
@@ -129,7 +130,7 @@ func Run(tb testing.TB, cfg Config) *Guest {
 }
 
 // errTime is the cause of a guest's end by its test's deadline.
-var errTime = errors.New("the test's time is over")
+var errTime = errors.New(labtest.NoTime)
 
 // bound returns the test's context with its deadline, if it has one.
 func bound(tb testing.TB) (context.Context, context.CancelFunc) {
@@ -252,6 +253,9 @@ func (g *Guest) close() {
 	}
 	if g.vm != nil && g.outOfTime() {
 		g.logCPUs()
+	}
+	if g.tb.Failed() && context.Cause(g.ctx) == errTime {
+		g.tb.Log(labtest.NoTime)
 	}
 	if g.agent != nil {
 		_ = g.agent.Close() // whose port cannot fail to close

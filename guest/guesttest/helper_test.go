@@ -15,13 +15,16 @@ const helperArg = "helper"
 
 // helpers are those programs.
 var helpers = map[string]func() error{
-	"mirror":    mirror,
-	"writer":    writer,
-	"crash":     crash,
-	"acpi":      acpi,
-	"cpuflags":  cpuflags,
-	"markholes": markholes,
-	"highpages": highpages,
+	"mirror":     mirror,
+	"writer":     writer,
+	"crash":      crash,
+	"acpi":       acpi,
+	"disk":       disk,
+	"echo":       echo,
+	"interrupts": interrupts,
+	"cpuflags":   cpuflags,
+	"markholes":  markholes,
+	"highpages":  highpages,
 }
 
 func helper(name string) {

@@ -55,7 +55,8 @@ func TestHungGuestIsLookedAt(t *testing.T) {
 	g.close()
 	log := tb.logged.String()
 	const where = "vCPU 0 runs at RIP 0x200008, RFLAGS 0x2, CPL 0"
-	if !strings.Contains(log, where) || !strings.Contains(log, "hangs") || strings.Contains(log, labtest.Hung) != lab.Inside() {
+	if !strings.Contains(log, where) || !strings.Contains(log, "hangs") || strings.Contains(log, labtest.Hung) != lab.Inside() ||
+		!strings.Contains(log, "\n"+labtest.NoTime+"\n") {
 		t.Errorf("%q", log)
 	}
 }

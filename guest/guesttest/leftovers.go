@@ -24,7 +24,7 @@ var live struct {
 	before holdings // when there was none
 }
 
-// watch is called before a guest is made. It returns whether that one is alone.
+// watch is called before a guest is made. It returns what the process held when there was none.
 func watch() holdings {
 	live.Lock()
 	defer live.Unlock()

@@ -7,6 +7,8 @@ import (
 	"io"
 	"os"
 	"sort"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -70,7 +72,7 @@ func newArchive(t tree) (a *Archive, err error) {
 		var f *os.File
 		size := int64(len(n.data))
 		if n.source != "" {
-			if f, size, err = openRegular(n.source); err != nil {
+			if f, size, err = OpenRegular(n.source); err != nil {
 				return a, fmt.Errorf("put /%s into the guest: %w", name, err)
 			}
 			a.files = append(a.files, f)
@@ -94,18 +96,20 @@ func newArchive(t tree) (a *Archive, err error) {
 	return a, nil
 }
 
-func openRegular(path string) (*os.File, int64, error) {
-	f, err := os.Open(path)
+// OpenRegular opens a regular file for reading and returns its size in bytes too. It refuses everything else, and never
+// waits.
+func OpenRegular(path string) (*os.File, int64, error) {
+	// Without O_NONBLOCK the open of a pipe would wait for somebody to write to it.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, 0, err
 	}
 	fi, err := f.Stat()
 	if err == nil && !fi.Mode().IsRegular() {
-		err = fmt.Errorf("%s is no regular file", path)
+		err = fmt.Errorf("%s: not a regular file", path)
 	}
 	if err != nil {
-		f.Close()
-		return nil, 0, err
+		return nil, 0, errors.Join(err, f.Close())
 	}
 	return f, fi.Size(), nil
 }

@@ -10,6 +10,9 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // cpioEntry is what readArchive found.
@@ -188,6 +191,47 @@ func TestArchiveFileShrinks(t *testing.T) {
 	}
 	if _, err := a.WriteTo(io.Discard); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("reading a file that shrank: %v", err)
+	}
+}
+
+// TestOpenRegular has nobody write to the pipe, which must not be waited for.
+func TestOpenRegular(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file, pipe := filepath.Join(dir, "file"), filepath.Join(dir, "pipe")
+	if err := os.WriteFile(file, []byte("abc"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	refused := make(chan error, 3)
+	go func() {
+		for _, path := range []string{pipe, dir, filepath.Join(dir, "none")} {
+			f, _, err := OpenRegular(path)
+			if err == nil {
+				f.Close()
+			}
+			refused <- err
+		}
+	}()
+	for _, want := range []string{"pipe: not a regular file", dir + ": not a regular file", "no such file"} {
+		select {
+		case err := <-refused:
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%v, want %q", err, want)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatal("it waits for a writer")
+		}
+	}
+	f, size, err := OpenRegular(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if b, err := io.ReadAll(f); err != nil || size != 3 || string(b) != "abc" {
+		t.Errorf("%d bytes, %q, %v", size, b, err)
 	}
 }
 

@@ -100,15 +100,6 @@ func (s *Store) Derived(ctx context.Context, key Key, build func(w io.Writer) er
 	return s.Build(ctx, "derived", key, build)
 }
 
-// Derived is Store.Derived on the default store.
-func Derived(ctx context.Context, key Key, build func(w io.Writer) error) (string, error) {
-	s, err := OpenStore("")
-	if err != nil {
-		return "", err
-	}
-	return s.Derived(ctx, key, build)
-}
-
 func (s *Store) path(kind string, key Key) string {
 	return filepath.Join(s.dir, kind, key.String()[:40])
 }

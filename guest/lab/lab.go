@@ -65,8 +65,12 @@ type Config struct {
 	Dir  string   // empty: this process's
 
 	// Shares are directories and files of the host that the command may change. They must exist. Sockets cannot be made
-	// in them, and file locks are seen inside this lab only.
+	// in them, and file locks are seen inside this lab only. CheckFile says which the lab can have.
 	Shares []string
+
+	// Inputs are files of the host that the command reads. Only those must be named that lie in /dev or /run, which the lab
+	// has of its own; all others are there anyway. They must exist.
+	Inputs []string
 
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
@@ -155,17 +159,13 @@ func (cfg *Config) complete() (err error) {
 			return err
 		}
 	}
-	shares := make([]string, len(cfg.Shares))
-	for i, s := range cfg.Shares {
-		if shares[i], err = filepath.Abs(s); err == nil {
-			shares[i], err = filepath.EvalSymlinks(shares[i])
-		}
-		if err != nil {
-			return fmt.Errorf("share %s: %w", s, err)
-		}
+	if cfg.Shares, err = resolve("share", cfg.Shares); err != nil {
+		return err
 	}
-	slices.Sort(shares) // an outer directory before what is in it
-	cfg.Shares = shares
+	if cfg.Inputs, err = resolve("input", cfg.Inputs); err != nil {
+		return err
+	}
+	cfg.Inputs = slices.DeleteFunc(cfg.Inputs, func(path string) bool { return !replaced(path) })
 	if cfg.Memory == 0 {
 		cfg.Memory = DefaultMemory
 	}
@@ -183,6 +183,59 @@ func (cfg *Config) complete() (err error) {
 	}
 	return nil
 }
+
+// resolve returns what files of the host are called without symbolic links, an outer directory before what is in it.
+func resolve(what string, paths []string) ([]string, error) {
+	var resolved []string
+	for _, path := range paths {
+		full, err := filepath.Abs(path)
+		if err == nil {
+			full, err = filepath.EvalSymlinks(full)
+		}
+		if err == nil {
+			err = CheckFile(full)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s %s: %w", what, path, err)
+		}
+		resolved = append(resolved, full)
+	}
+	slices.Sort(resolved)
+	return slices.Compact(resolved), nil
+}
+
+// ErrNotInLab says that the lab cannot have a file of the host.
+var ErrNotInLab = errors.New("not to be had in the lab")
+
+// CheckFile tells whether the lab can have a file or directory of the host, and if not, what to do. Its error is the
+// system's if there is no such file, and ErrNotInLab otherwise.
+func CheckFile(path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	// A device is but a number, which means another device in the lab, or none.
+	if !info.IsDir() && !info.Mode().IsRegular() {
+		return fmt.Errorf("%w, which takes regular files only, no devices and pipes: copy it to a file, "+
+			"or use a host whose KVM is hardware (see kvmlet probe)", ErrNotInLab)
+	}
+	for _, tree := range []string{"/proc", "/sys"} {
+		if within(path, tree) {
+			return fmt.Errorf("%w, which has a %s of its own: copy it to a file elsewhere", ErrNotInLab, tree)
+		}
+	}
+	return nil
+}
+
+// ownTrees are those that the lab has of its own, in the place of the host's.
+var ownTrees = []string{"/proc", "/sys", "/dev", "/run"}
+
+// replaced reports whether path lies in one of them.
+func replaced(path string) bool {
+	return slices.ContainsFunc(ownTrees, func(tree string) bool { return within(path, tree) })
+}
+
+func within(path, tree string) bool { return path == tree || strings.HasPrefix(path, tree+"/") }
 
 // run mounts the host's files, runs the command and writes the shares back.
 func (m *machine) run(
@@ -289,15 +342,28 @@ func (m *machine) enter(ctx context.Context, cfg *Config) error {
 			Options: fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%[2]s/work", hostDir, layerDir),
 		},
 	}
-	for _, dir := range []string{"/proc", "/sys", "/dev", "/run"} {
-		mounts = append(mounts, agent.Mount{Source: dir, Target: rootDir + dir, Flags: unix.MS_MOVE})
-	}
 	if len(cfg.Shares) > 0 {
 		mounts = append(mounts, agent.Mount{Source: sharesTag, Target: sharesDir, Type: "9p", Options: transport + "mmap"})
 	}
-	for _, s := range cfg.Shares {
-		mounts = append(mounts, agent.Mount{Source: sharesDir + s, Target: rootDir + s, Flags: unix.MS_BIND})
+	var late []agent.Mount // into the trees that are moved
+	bind := func(from, path string) {
+		m := agent.Mount{Source: from + path, Target: rootDir + path, Flags: unix.MS_BIND}
+		if replaced(path) {
+			late = append(late, m)
+		} else {
+			mounts = append(mounts, m)
+		}
 	}
+	for _, path := range cfg.Inputs {
+		bind(hostDir, path)
+	}
+	for _, path := range cfg.Shares {
+		bind(sharesDir, path)
+	}
+	for _, tree := range ownTrees {
+		mounts = append(mounts, agent.Mount{Source: tree, Target: rootDir + tree, Flags: unix.MS_MOVE})
+	}
+	mounts = append(mounts, late...)
 	if err := m.agent.Mount(ctx, mounts...); err != nil {
 		return err
 	}

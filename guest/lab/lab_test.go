@@ -107,6 +107,72 @@ func TestLab(t *testing.T) {
 	}
 }
 
+// The lab has its own /dev and /run, in which files of the host are only if they are named.
+func TestFilesInTreesOfTheLab(t *testing.T) {
+	var shares, inputs []string
+	for _, tree := range []string{"/dev/shm", "/run"} {
+		dir := filepath.Join(tree, fmt.Sprintf("kvmlet-test-%d", os.Getpid()))
+		err := os.Mkdir(dir, 0o755)
+		switch {
+		case errors.Is(err, os.ErrPermission) && tree == "/run":
+			continue // root's
+		case err != nil:
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		for _, name := range []string{"share", "input", "hidden", "folder/inner"} {
+			path := filepath.Join(dir, name)
+			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, []byte("the host's "+name), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		shares = append(shares, filepath.Join(dir, "share"), filepath.Join(dir, "folder"))
+		inputs = append(inputs, filepath.Join(dir, "input"))
+	}
+	// A file elsewhere needs no mention; and one may be named by a link, and twice.
+	elsewhere := filepath.Join(t.TempDir(), "elsewhere")
+	if err := os.Symlink(inputs[0], elsewhere); err != nil {
+		t.Fatal(err)
+	}
+	cfg := config(t, append([]string{"sh", "-ec", `
+		for share; do
+			dir=$(dirname "$share")
+			test "$(cat "$share" "$dir/input")" = "the host's sharethe host's input"
+			test ! -e "$dir/hidden"
+			printf changed >"$share"
+			! echo >"$dir/input" 2>&-
+			printf new >"$dir/folder/new"; test -s "$dir/folder/inner"
+		done
+		test -c /dev/kvm; test -c /dev/null; test -d /proc/$$`, "sh"}, everyOther(shares)...)...)
+	cfg.Shares, cfg.Inputs = shares, append(inputs, elsewhere, "/etc/passwd")
+	var out bytes.Buffer
+	cfg.Stdout, cfg.Stderr = &out, &out
+	if status, err := lab.Run(t.Context(), cfg); err != nil || status.Code != 0 {
+		t.Fatalf("status %+v, %v; it says %q", status, err, out.String())
+	}
+	for _, share := range everyOther(shares) {
+		dir := filepath.Dir(share)
+		for path, want := range map[string]string{
+			share: "changed", filepath.Join(dir, "input"): "the host's input", filepath.Join(dir, "folder", "new"): "new",
+		} {
+			if got, err := os.ReadFile(path); err != nil || string(got) != want {
+				t.Errorf("%s: %q, %v; want %q", path, got, err, want)
+			}
+		}
+	}
+}
+
+// everyOther returns list[0], list[2] and so on.
+func everyOther(list []string) (half []string) {
+	for i := 0; i < len(list); i += 2 {
+		half = append(half, list[i])
+	}
+	return half
+}
+
 // The first signal is the command's, the second ends the lab; so does the context.
 func TestSignals(t *testing.T) {
 	signals := make(chan os.Signal, 2)
@@ -239,6 +305,10 @@ func TestBadConfigurations(t *testing.T) {
 	}{
 		"no command":    {lab.Config{}, "no command"},
 		"missing share": {lab.Config{Args: []string{"x"}, Shares: []string{"/no/such"}}, "share /no/such"},
+		"missing input": {lab.Config{Args: []string{"x"}, Inputs: []string{"/no/such"}}, "input /no/such"},
+		"device":        {lab.Config{Args: []string{"x"}, Shares: []string{"/dev/null"}}, "share /dev/null: not to be had in the lab"},
+		"input device":  {lab.Config{Args: []string{"x"}, Inputs: []string{"/dev/null"}}, "input /dev/null: not to be had in the lab"},
+		"procfs":        {lab.Config{Args: []string{"x"}, Inputs: []string{"/proc/version"}}, "a /proc of its own"},
 		"little memory": {lab.Config{Args: []string{"x"}, Memory: 1 << 20}, "memory"},
 		"odd memory":    {lab.Config{Args: []string{"x"}, Memory: 1<<30 + 1}, "memory"},
 		"CPUs":          {lab.Config{Args: []string{"x"}, CPUs: 65}, "CPUs"},

@@ -203,14 +203,8 @@ func measureHere(ctx context.Context, o *options) error {
 
 // unfit says why times cannot be measured on this host, or nothing if they can.
 func unfit() string {
-	sys, err := kvm.Open()
-	if err != nil {
-		return "no KVM"
-	}
-	defer sys.Close()
-	speed, err := sys.GuestSpeed()
-	if err != nil || speed < kvm.SoftwareLimit {
-		return "KVM is software"
+	if err := kvm.CheckHardware(); err != nil {
+		return err.Error()
 	}
 	t, err := openTrace(false)
 	if err != nil {

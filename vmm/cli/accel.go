@@ -19,8 +19,8 @@ func chooseAccel(accel string) (chosen, why string, err error) {
 	case accelKVM, accelLab:
 		return accel, "", nil
 	case accelAuto:
-		if why := unfit(); why != "" {
-			return accelLab, why, nil
+		if err := kvm.CheckHardware(); err != nil {
+			return accelLab, err.Error(), nil
 		}
 		return accelKVM, "", nil
 	default:
@@ -35,25 +35,4 @@ func haveKVM() error {
 		return err
 	}
 	return sys.Close()
-}
-
-// unfit says why this host's KVM cannot run a stock Linux kernel, or nothing if it can.
-func unfit() string {
-	sys, err := kvm.Open()
-	if err != nil {
-		return "no KVM here"
-	}
-	defer sys.Close()
-	if m := sys.Missing(); len(m) > 0 {
-		return fmt.Sprintf("this host's KVM lacks %s", m[0])
-	}
-	speed, err := sys.GuestSpeed()
-	switch {
-	case err != nil:
-		return "this host's KVM failed its self-test"
-	case speed < kvm.SoftwareLimit:
-		return "this host's KVM is software"
-	default:
-		return ""
-	}
 }

@@ -77,6 +77,10 @@ command.`,
 // runInLab carries out `kvmlet run` by running it in the lab, where KVM is as on hardware. What can be checked here is, so
 // that mistakes do not cost a boot.
 func (p *plan) runInLab(ctx context.Context, s streams) (err error) {
+	inputs, err := p.labInputs()
+	if err != nil {
+		return err
+	}
 	// A lock taken in the lab does not reach the host's file system, so the disks are locked from here. A tap is the lab's.
 	disks := p.cfg
 	disks.Nets = nil
@@ -100,11 +104,35 @@ func (p *plan) runInLab(ctx context.Context, s streams) (err error) {
 	if err != nil {
 		return err
 	}
-	cfg := lab.Config{Args: args, Shares: shares, Memory: labMemory(p.cfg.Memory), CPUs: lab.DefaultCPUs}
+	cfg := lab.Config{
+		Args: args, Shares: shares, Inputs: inputs, Memory: labMemory(p.cfg.Memory), CPUs: lab.DefaultCPUs,
+	}
 	return runLab(ctx, s, cfg, labView{
 		tty:     s.interactive() && (p.o.tty || len(p.o.command) == 0),
 		started: "Booting the VM in the lab",
 	})
+}
+
+// labInputs are the files that the VM reads and does not write. It fails if the lab cannot have one of the VM's files.
+func (p *plan) labInputs() (inputs []string, err error) {
+	for _, d := range p.cfg.Disks {
+		if err := lab.CheckFile(d.Path); errors.Is(err, lab.ErrNotInLab) { // all else is said better where it is opened
+			return nil, fmt.Errorf("disk %s: %w", d.Path, err)
+		}
+		if d.ReadOnly {
+			inputs = append(inputs, d.Path)
+		}
+	}
+	for _, path := range []string{p.o.kernel, p.o.initrd} {
+		if path == "" {
+			continue
+		}
+		if path, err = absolute(path); err != nil {
+			return nil, err
+		}
+		inputs = append(inputs, path)
+	}
+	return inputs, nil
 }
 
 // labCommand is the command that means in the lab what p means here, and the files that it writes. The console's is made.
@@ -134,7 +162,7 @@ func (p *plan) labCommand(exe string) (args, shares []string, err error) {
 		args = append(args, f[0], path)
 	}
 	if path := o.console; path != "" {
-		if path != "-" {
+		if path != "-" && path != os.DevNull { // which is there as well
 			if path, err = createShared(path); err != nil {
 				return nil, nil, err
 			}

@@ -42,7 +42,7 @@ has the usual commands, fio and iperf3. With --initrd and no command the VM is l
 own init, and its serial console is connected here.
 
 Disks are /dev/vda, /dev/vdb and so on in the order given; a DISK is
-  path=FILE        a raw image or a block device; a comma in the name is written twice
+  path=FILE        a raw image or, outside of the lab, a block device; a comma in the name is written twice
   readonly         the guest cannot write, and others may read the file too
   format=raw       the only one so far
   id=NAME          the serial number that the guest sees, up to 20 characters

@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -23,46 +22,35 @@ import (
 	"github.com/kvmlet/kvmlet/guest/agent"
 	"github.com/kvmlet/kvmlet/guest/image"
 	"github.com/kvmlet/kvmlet/guest/lab"
+	"github.com/kvmlet/kvmlet/vmm/kvm"
 )
 
 // Main is for a package's TestMain, which it ends: func TestMain(m *testing.M) { labtest.Main(m) }. It runs the tests
 // in this process where KVM is hardware, and in a lab with the same arguments, environment and working directory
 // elsewhere. There the host's files can be read at their places; what tests write is lost, but for the profiles and the
 // like that "go test" asks for.
-func Main(m *testing.M) {
+func Main(m *testing.M) { MainWhere(m, kvm.CheckHardware) }
+
+// MainWhere is Main for tests that need something else of their host than KVM, such as rights: possible tries it and says
+// what is missing. With a nil error the tests run in this process, and otherwise in a lab, which has everything.
+func MainWhere(m *testing.M, possible func() error) {
 	if !flag.Parsed() {
 		flag.Parse()
 	}
-	if value("test.list") != "" || HardwareKVM() {
+	if value("test.list") != "" || lab.Inside() { // there the tests themselves say what is wrong
 		os.Exit(m.Run())
 	}
+	missing := possible()
+	if missing == nil {
+		os.Exit(m.Run())
+	}
+	fmt.Fprintf(os.Stderr, "lab: the tests run in a lab, as this host lacks what they need: %v\n", missing)
 	code, err := runInLab()
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "run the tests in a lab, as this host has no hardware KVM: %v\n", err)
+		fmt.Fprintf(os.Stderr, "run the tests in a lab: %v\n", err)
 		code = max(code, 1)
 	}
 	os.Exit(code)
-}
-
-var virtualization = regexp.MustCompile(`(?m)^flags\s*:.*\b(svm|vmx)\b`)
-
-// HardwareKVM reports whether /dev/kvm can be opened and is served by the CPU's virtualization, as it is in a lab.
-func HardwareKVM() bool {
-	cpuinfo, err := os.ReadFile("/proc/cpuinfo")
-	if err != nil || !virtualization.Match(cpuinfo) {
-		return false
-	}
-	kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
-	if err != nil {
-		return false
-	}
-	kvm.Close()
-	for _, module := range []string{"kvm_amd", "kvm_intel"} {
-		if _, err := os.Stat("/sys/module/" + module); err == nil {
-			return true
-		}
-	}
-	return false
 }
 
 func runInLab() (code int, err error) {
@@ -78,15 +66,15 @@ func runInLab() (code int, err error) {
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP)
 	defer signal.Stop(signals)
 	for attempt := 1; ; attempt++ {
-		var out bytes.Buffer // "go test" must see the results of one attempt only
+		var out, words bytes.Buffer // "go test" must see the results of one attempt only
 		cfg := lab.Config{
 			Args: append([]string{exe}, arguments()...), Shares: shares,
-			Stdout: &out, Stderr: os.Stderr, Signals: signals,
+			Stdout: &out, Stderr: io.MultiWriter(os.Stderr, &words), Signals: signals,
 			Init:     Init,
 			Progress: func(line string) { fmt.Fprintln(os.Stderr, "lab:", line) },
 		}
 		status, err := lab.Run(context.Background(), cfg)
-		if attempt == attempts || !again(status, err, out.String()) {
+		if attempt == attempts || !again(status, err, out.String(), words.String()) {
 			_, failed := out.WriteTo(os.Stdout)
 			return status.Code, errors.Join(err, failed)
 		}
@@ -95,20 +83,6 @@ func runInLab() (code int, err error) {
 		fmt.Fprintf(os.Stderr, "lab: the tests failed and are run once more, since a guest hung as QEMU's emulation of SVM makes "+
 			"it hang now and then. Their output:\n  | %s\n", shown)
 	}
-}
-
-// attempts is how often a package's tests are run at most; one failure excuses another attempt (see Hung).
-const attempts = 2
-
-// Hung in the output of failed tests has them run once more, if this is a lab. Write it where a guest was found to spin in
-// its kernel with interrupts off: QEMU's emulation of SVM now and then gives a nested guest an interrupt twice, once of
-// them while its interrupts are off, and the handler waits for a lock that the interrupted code holds (see
-// lab.DefaultCPUs). No VMM can help that. All other failures count, and so does this where KVM is hardware.
-const Hung = "labtest: a guest of the lab hung with its interrupts off"
-
-// again decides whether the tests are run once more after the attempt that ended so.
-func again(status agent.ExitStatus, err error, output string) bool {
-	return err == nil && status.Code != 0 && status.Signal == 0 && strings.Contains(output, Hung)
 }
 
 // arguments are this process's, with the time limit of all attempts shared out among them.

@@ -5,13 +5,14 @@ import (
 	"testing"
 
 	"github.com/kvmlet/kvmlet/guest/lab"
+	"github.com/kvmlet/kvmlet/vmm/kvm"
 )
 
 func TestMain(m *testing.M) { Main(m) }
 
 func TestRunsWhereKVMIsHardware(t *testing.T) {
-	if !HardwareKVM() {
-		t.Error("no hardware KVM here")
+	if err := kvm.CheckHardware(); err != nil {
+		t.Error(err)
 	}
 	wd, err := os.Getwd()
 	if err != nil {
