@@ -128,6 +128,16 @@ func runUnprivileged(t *testing.T, args ...string) result {
 	}
 	cmd := exec.Command("/proc/self/exe") // by a path that every user may take
 	cmd.Env = append(os.Environ(), asCommand+"="+string(words))
+	// With -cover the process reports what it covered, and says so where it may not.
+	coverage, err := os.MkdirTemp("", "kvmlet-cli-cover-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(coverage)
+	if err := os.Chmod(coverage, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Env = append(cmd.Env, "GOCOVERDIR="+coverage)
 	cmd.Dir = "/"
 	if os.Geteuid() == 0 {
 		cmd.SysProcAttr = asNobody()
