@@ -228,9 +228,8 @@ func runLab(ctx context.Context, s streams, cfg lab.Config, v labView) (err erro
 	cfg.Stdout, cfg.Stderr = progress.before(s.out), progress.before(s.err)
 	status, err := lab.Run(ctx, cfg)
 	var start *agent.StartError
-	var output *agent.OutputError
-	if errors.As(err, &output) && errors.Is(err, syscall.EPIPE) {
-		err = nil // the reader of the output is gone; the command has learned of it, and its status is there
+	if readerGone(err) {
+		err = nil // the status is there
 	}
 	switch {
 	case errors.As(err, &start):

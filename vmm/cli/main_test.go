@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -129,12 +130,8 @@ func runUnprivileged(t *testing.T, args ...string) result {
 	cmd := exec.Command("/proc/self/exe") // by a path that every user may take
 	cmd.Env = append(os.Environ(), asCommand+"="+string(words))
 	// With -cover the process reports what it covered, and says so where it may not.
-	coverage, err := os.MkdirTemp("", "kvmlet-cli-cover-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(coverage)
-	if err := os.Chmod(coverage, 0o777); err != nil {
+	coverage := t.TempDir()
+	if err := errors.Join(os.Chmod(filepath.Dir(coverage), 0o755), os.Chmod(coverage, 0o777)); err != nil {
 		t.Fatal(err)
 	}
 	cmd.Env = append(cmd.Env, "GOCOVERDIR="+coverage)

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"strings"
-	"syscall"
 	"time"
 	"unicode"
 
@@ -218,7 +217,7 @@ func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM, progress *pro
 	if status, err = end.powerOff(ctx, status); err != nil {
 		return 0, err
 	}
-	if output != nil && !errors.Is(output, syscall.EPIPE) { // a reader that is gone is the command's business
+	if output != nil && !readerGone(output) {
 		return 0, &exitError{statusError, output}
 	}
 	return status, nil
@@ -252,7 +251,7 @@ func (e *ending) powerOff(ctx context.Context, status int) (int, error) {
 			leave(errLeft)
 		} else if wantsEnd(sig) && !told {
 			told = true
-			fprintf(e.err, "kvmlet: the guest is powering off, which may take %v; %d interrupts stop it at once\n", e.grace, patience)
+			fprintf(e.err, "kvmlet: the guest is powering off, for %v at most; %d interrupts stop it at once\n", e.grace, patience)
 		}
 	})()
 	refused := e.agent.Poweroff(ctx)

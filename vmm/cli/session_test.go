@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -148,6 +149,24 @@ func TestReaderOfOutputGone(t *testing.T) {
 		var o *agent.OutputError
 		if status != k.want || !errors.As(err, &o) || !errors.Is(err, syscall.EPIPE) {
 			t.Errorf("%s: status %d, %v; want %d, for EPIPE", name, status, err, k.want)
+		}
+	}
+}
+
+func TestReaderGone(t *testing.T) {
+	t.Parallel()
+	gone := &os.PathError{Op: "write", Path: "|1", Err: syscall.EPIPE}
+	for _, c := range []struct {
+		err  error
+		want bool
+	}{
+		{fmt.Errorf("lab: %w", &agent.OutputError{Name: "stdout", Err: errors.Join(gone)}), true},
+		{&agent.OutputError{Name: "stderr", Err: syscall.ENOSPC}, false},
+		{gone, false}, // something else's
+		{nil, false},
+	} {
+		if got := readerGone(c.err); got != c.want {
+			t.Errorf("%v: %t, want %t", c.err, got, c.want)
 		}
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+
+	"github.com/kvmlet/kvmlet/guest/agent"
 )
 
 // forwarded are the signals that go to the guest's command.
@@ -90,6 +92,13 @@ func leaveAtSignal(leave context.CancelCauseFunc) func(os.Signal) {
 // writes to standard output or error then; once anybody asks for that signal, such writes fail with EPIPE as all others do
 // (os/signal, "SIGPIPE"). It is not undone: what is left to say is said without a VM, but need not end by a signal.
 func outliveReaders() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
+
+// readerGone reports whether err is how a command ended of whose output nobody reads any more. It has learned of that, and
+// its status says what it made of it.
+func readerGone(err error) bool {
+	var output *agent.OutputError
+	return errors.As(err, &output) && errors.Is(output, syscall.EPIPE)
+}
 
 // ifRead writes to w as long as somebody reads there, and drops what comes later.
 type ifRead struct {
