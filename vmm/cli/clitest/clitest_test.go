@@ -243,7 +243,7 @@ func TestPanic(t *testing.T) {
 	expectStatus(t, cmd, 122, &stderr)
 	s := stderr.String()
 	_, last, _ := strings.Cut(s, "kvmlet: the guest's console ended with\n")
-	if !strings.Contains(last, "  | ") || !strings.Contains(last, "Kernel panic - not syncing: sysrq triggered crash") ||
+	if !strings.Contains(last, "  | ") || !strings.Contains(last, "sysrq_handle_crash") ||
 		!strings.HasSuffix(s, "kvmlet: the guest's kernel panicked\n") {
 		t.Errorf("kvmlet says %q", s)
 	}
