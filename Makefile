@@ -10,7 +10,7 @@ ARGS ?=
 
 # Packages whose tests boot machines in the lab. They run one package at a time, since a lab takes all cores of a small
 # machine, and without the race detector, which QEMU's emulation would slow down too much.
-LAB_PACKAGES ?= guest/guesttest guest/lab guest/lab/labtest vmm
+LAB_PACKAGES ?= guest/guesttest guest/lab guest/lab/labtest vmm vmm/cli/clitest
 PACKAGES     = $(eval PACKAGES := $$(shell PATH='$(PATH)' go list ./...))$(PACKAGES)
 LAB          = $(filter $(addprefix $(MODULE)/,$(LAB_PACKAGES)),$(PACKAGES))
 RACE         = $(filter-out $(LAB),$(PACKAGES))

@@ -220,7 +220,7 @@ func (c *Client) Close() error {
 	return err
 }
 
-// request sends a request and returns the body of its reply. Requests go one at a time.
+// request sends a request and returns the body of its reply, or ctx's cause when that ends. Requests go one at a time.
 func (c *Client) request(ctx context.Context, what string, msg []byte) (body []byte, err error) {
 	defer func() {
 		if err != nil {
@@ -239,15 +239,16 @@ func (c *Client) request(ctx context.Context, what string, msg []byte) (body []b
 		return nil, context.Cause(ctx)
 	}
 	reply := make(chan []byte, 1)
-	id, err := c.open(frameRequest, msg, func(id uint32) { c.replies[id] = reply })
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
+	forget := func(id uint32) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		delete(c.replies, id)
-	}()
+	}
+	id, err := c.open(ctx, frameRequest, msg, func(id uint32) { c.replies[id] = reply }, forget)
+	if err != nil {
+		return nil, err
+	}
+	defer forget(id)
 	var m message
 	select {
 	case m.b = <-reply:
@@ -267,7 +268,41 @@ func (c *Client) request(ctx context.Context, what string, msg []byte) (body []b
 }
 
 // open sends the message that opens a stream. register notes under c.mu who gets what comes back on it.
-func (c *Client) open(t frameType, msg []byte, register func(id uint32)) (uint32, error) {
+//
+// A guest that reads nothing any more does not hold open up for longer than ctx. A message that is half sent then is
+// still sent to its end, as long as the connection lasts, for what follows it on the wire; late is called after that.
+func (c *Client) open(
+	ctx context.Context, t frameType, msg []byte, register, late func(id uint32),
+) (uint32, error) {
+	if ctx.Err() != nil {
+		return 0, context.Cause(ctx)
+	}
+	type result struct {
+		id  uint32
+		err error
+	}
+	sent := make(chan result, 1)
+	go func() {
+		id, err := c.sendOpening(t, msg, register)
+		sent <- result{id, err}
+	}()
+	select {
+	case r := <-sent:
+		return r.id, r.err
+	case <-c.ended:
+		return 0, c.Err()
+	case <-ctx.Done():
+		go func() {
+			if r := <-sent; r.err == nil {
+				late(r.id)
+			}
+		}()
+		return 0, context.Cause(ctx)
+	}
+}
+
+// sendOpening is open without a bound.
+func (c *Client) sendOpening(t frameType, msg []byte, register func(id uint32)) (uint32, error) {
 	c.opening.Lock()
 	defer c.opening.Unlock()
 	c.mu.Lock()

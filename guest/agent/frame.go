@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"syscall"
 )
 
 const (
@@ -200,13 +201,20 @@ func (d *decoder) sync() (hello, error) {
 	}
 }
 
-// writer sends whole frames; its methods may be called from any goroutine and wait until the frame is written.
+// writer sends whole frames. Its methods may be called from any goroutine and, but for post, wait until the frame is
+// written, which may be for ever if the other end reads no more.
 type writer struct {
 	mu  sync.Mutex
 	w   io.Writer // guarded by mu
 	err error     // the first failure, after which nothing is sent; guarded by mu
 	buf []byte    // guarded by mu
+
+	postMu sync.Mutex // taken with or without mu, and never held while something is written
+	posted []byte     // whole frames to be sent ahead of all others; guarded by postMu
 }
+
+// maxPosted is how many bytes may wait to be sent because the other end reads nothing.
+const maxPosted = 16 << 10
 
 func newWriter(w io.Writer) *writer {
 	return &writer{w: w, buf: make([]byte, headerLen+MaxPayload)}
@@ -216,6 +224,9 @@ func newWriter(w io.Writer) *writer {
 func (w *writer) send(t frameType, c channel, stream uint32, payload []byte) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if err := w.flushLocked(); err != nil {
+		return err
+	}
 	putHeader(w.buf, t, c, stream, len(payload))
 	n := copy(w.buf[headerLen:], payload)
 	return w.writeLocked(w.buf[:headerLen+n])
@@ -231,6 +242,48 @@ func (w *writer) sendInPlace(t frameType, c channel, stream uint32, b []byte) er
 func (w *writer) write(b []byte) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if err := w.flushLocked(); err != nil {
+		return err
+	}
+	return w.writeLocked(b)
+}
+
+// post sends a frame whose payload is numbers, and does not wait until it is written. It goes ahead of what is sent after
+// it. Where too much waits already, it is dropped and the error is EAGAIN.
+func (w *writer) post(t frameType, c channel, stream uint32, values ...uint32) error {
+	w.postMu.Lock()
+	defer w.postMu.Unlock()
+	length := 4 * len(values)
+	if len(w.posted)+headerLen+length > maxPosted {
+		return fmt.Errorf("the agent's other end reads nothing: %w", syscall.EAGAIN)
+	}
+	if len(w.posted) == 0 {
+		go w.flush() // ends with the connection at the latest
+	}
+	var h [headerLen]byte
+	putHeader(h[:], t, c, stream, length)
+	w.posted = append(w.posted, h[:]...)
+	for _, v := range values {
+		w.posted = binary.LittleEndian.AppendUint32(w.posted, v)
+	}
+	return nil
+}
+
+// flush writes what was posted.
+func (w *writer) flush() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	_ = w.flushLocked() // stays in w.err for the next
+}
+
+func (w *writer) flushLocked() error {
+	w.postMu.Lock()
+	b := w.posted
+	w.posted = nil
+	w.postMu.Unlock()
+	if len(b) == 0 {
+		return w.err
+	}
 	return w.writeLocked(b)
 }
 
@@ -259,6 +312,9 @@ func (w *writer) sendU32(t frameType, c channel, stream uint32, values ...uint32
 func (w *writer) sendPieces(t frameType, stream uint32, message []byte) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if err := w.flushLocked(); err != nil {
+		return err
+	}
 	for mark := pieceMore; mark != pieceLast; {
 		n := copy(w.buf[headerLen:], message)
 		if message = message[n:]; len(message) == 0 {

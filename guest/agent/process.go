@@ -58,6 +58,16 @@ func (e *StartError) Status() ExitStatus {
 	return ExitStatus{Code: 126}
 }
 
+// OutputError says that one of a command's outputs could not be written on the host. The guest's command learned of it as
+// from a pipe whose reader is gone, or from a terminal that was hung up.
+type OutputError struct {
+	Name string // stdout or stderr
+	Err  error
+}
+
+func (e *OutputError) Error() string { return fmt.Sprintf("write the command's %s: %v", e.Name, e.Err) }
+func (e *OutputError) Unwrap() error { return e.Err }
+
 // Process is a command that was started in the guest.
 type Process struct {
 	client  *Client
@@ -97,7 +107,8 @@ func (c *Client) Start(ctx context.Context, cmd Command) (*Process, error) {
 		client: c, started: make(chan error, 1), exited: make(chan struct{}), done: make(chan struct{}),
 		in: [channels]*inbox{stdout: newInbox(), stderr: newInbox()}, out: newCredit(),
 	}
-	if _, err := c.open(frameStart, msg, func(id uint32) { p.id, c.processes[id] = id, p }); err != nil {
+	register := func(id uint32) { p.id, c.processes[id] = id, p }
+	if _, err := c.open(ctx, frameStart, msg, register, func(uint32) { p.abandon() }); err != nil {
 		return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], err)
 	}
 	var failed error
@@ -110,11 +121,7 @@ func (c *Client) Start(ctx context.Context, cmd Command) (*Process, error) {
 			return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], p.err)
 		}
 	case <-ctx.Done():
-		_ = p.Signal(syscall.SIGKILL)
-		for ch := stdout; ch < channels; ch++ {
-			p.in[ch].close(errClosed)
-			_ = c.w.send(frameClose, ch, p.id, nil)
-		}
+		p.abandon()
 		return nil, fmt.Errorf("start %s in the guest: %w", cmd.Args[0], context.Cause(ctx))
 	}
 	if failed != nil {
@@ -122,6 +129,15 @@ func (c *Client) Start(ctx context.Context, cmd Command) (*Process, error) {
 	}
 	p.serve(ctx, cmd)
 	return p, nil
+}
+
+// abandon has the guest end a process that nobody waits for.
+func (p *Process) abandon() {
+	_ = p.Signal(syscall.SIGKILL) // if this is not sent, nothing is
+	for ch := stdout; ch < channels; ch++ {
+		p.in[ch].close(errClosed)
+		_ = p.client.w.post(frameClose, ch, p.id)
+	}
 }
 
 // serve starts the goroutines that carry the process's streams and wait for its end.
@@ -149,9 +165,9 @@ func (p *Process) serve(ctx context.Context, cmd Command) {
 		case cancelled:
 			p.err = context.Cause(ctx)
 		case failed[stdout] != nil:
-			p.err = fmt.Errorf("write the command's stdout: %w", failed[stdout])
+			p.err = &OutputError{"stdout", failed[stdout]}
 		case failed[stderr] != nil:
-			p.err = fmt.Errorf("write the command's stderr: %w", failed[stderr])
+			p.err = &OutputError{"stderr", failed[stderr]}
 		}
 		close(p.done)
 	}()
@@ -221,8 +237,9 @@ func (p *Process) end(status ExitStatus, err error) {
 // PID is the process's number in the guest.
 func (p *Process) PID() int { return p.pid }
 
-// Signal sends a signal to the command's process group, or to the foreground group of its terminal. After the
-// command's end it returns os.ErrProcessDone.
+// Signal sends a signal to the command's process group, or to the foreground group of its terminal. It does not wait for
+// the guest to take it. After the command's end it returns os.ErrProcessDone, and EAGAIN if the guest has left very many
+// signals unread.
 func (p *Process) Signal(sig syscall.Signal) error {
 	if sig < 1 || sig > maxSignal {
 		return fmt.Errorf("signal %d of the guest: %w", int(sig), syscall.EINVAL)
@@ -231,23 +248,23 @@ func (p *Process) Signal(sig syscall.Signal) error {
 	case <-p.exited:
 		return os.ErrProcessDone
 	default:
-		return p.client.w.sendU32(frameSignal, 0, p.id, uint32(sig))
+		return p.client.w.post(frameSignal, 0, p.id, uint32(sig))
 	}
 }
 
-// Resize sets the size of the command's terminal.
+// Resize sets the size of the command's terminal. It waits and fails as Signal does.
 func (p *Process) Resize(rows, columns uint16) error {
 	select {
 	case <-p.exited:
 		return os.ErrProcessDone
 	default:
-		return p.client.w.sendU32(frameResize, 0, p.id, uint32(rows)<<16|uint32(columns))
+		return p.client.w.post(frameResize, 0, p.id, uint32(rows)<<16|uint32(columns))
 	}
 }
 
 // Wait returns how the command ended, once its output is written. An error means that the connection ended before, that
-// the context of Start did, or that Stdout or Stderr failed; in the last case the status is valid too. Any number of
-// goroutines may wait.
+// the context of Start did, or that Stdout or Stderr failed; in the last case it is an *OutputError, and the status is
+// valid too. Any number of goroutines may wait.
 func (p *Process) Wait() (ExitStatus, error) {
 	<-p.done
 	p.mu.Lock()

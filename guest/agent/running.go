@@ -244,6 +244,8 @@ func (r *running) receive(f frame) error {
 		r.out[f.channel].close(errClosed)
 		if p := r.pipes[f.channel]; p != nil && r.tty == nil {
 			p.SetReadDeadline(time.Unix(1, 0)) // ends a pump that waits for output
+		} else if p != nil {
+			p.Close() // hangs up: SIGHUP to the command, and an end to what it writes
 		}
 		return nil
 	case f.typ == frameSignal:

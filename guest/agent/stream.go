@@ -206,7 +206,7 @@ func drain(w *writer, c channel, stream uint32, in *inbox, dst io.Writer) error 
 		}
 		if _, err := dst.Write(b[:n]); err != nil {
 			in.close(errClosed)
-			return errors.Join(err, w.send(frameClose, c, stream, nil))
+			return errors.Join(err, w.post(frameClose, c, stream)) // what waits to be sent may wait for ever
 		}
 		if consumed += n; consumed >= Window/4 {
 			in.reopen(consumed)

@@ -277,20 +277,13 @@ func TestRelay(t *testing.T) {
 			t.Parallel()
 			ctx, leave := context.WithCancelCause(t.Context())
 			defer leave(nil)
-			s := &session{streams: streams{null, null, null}, tty: c.tty}
-			signals, stop, done := make(chan os.Signal), make(chan struct{}), make(chan struct{})
+			s := &session{streams: streams{null, null, null}, signals: &signals{ch: make(chan os.Signal)}, tty: c.tty}
 			r := &recorder{}
-			go func() {
-				defer close(done)
-				s.relay(r, signals, stop, leave)
-			}()
+			stop := s.signals.during(func(sig os.Signal) { s.relay(r, sig, leave) })
 			for _, sig := range c.send {
-				signals <- sig
+				s.signals.ch <- sig
 			}
-			if !c.left {
-				close(stop)
-			}
-			<-done
+			stop()
 			if !slices.Equal(r.got, c.want) || errors.Is(context.Cause(ctx), errLeft) != c.left {
 				t.Errorf("the command got %q, want %q; left: %v", r.got, c.want, context.Cause(ctx))
 			}

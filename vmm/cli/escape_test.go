@@ -47,6 +47,9 @@ func TestMargin(t *testing.T) {
 	if got, want := margin([]string{"two", "", "the end"}), "  | two\n  | the end\n"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
+	if got, want := margin([]string{"a\tb\x1b]0;x\a\x1b[2J", "\x9b1m\u202eok"}), "  | a\tb?]0;x??[2J\n  | \ufffd1m?ok\n"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
 	if got := margin(nil); got != "" {
 		t.Errorf("an empty console ended with %q", got)
 	}

@@ -39,7 +39,8 @@ func newLab(s streams) *cobra.Command {
 Linux's own kvm_amd serves /dev/kvm there. The files in it are this host's; what is written to them
 is kept in memory and lost at the end, but for what lies in a --share, which is the host's own.
 Standard output and error come out here, separately and byte for byte, signals reach the command,
-and its exit status is kvmlet's.
+and its exit status is kvmlet's. When nobody reads the output any more, the command's next write
+there fails or ends it by SIGPIPE, as on the host.
 
 The first lab is booted, which takes some seconds, and kept; later ones start from there. The lab
 keeps accidents away from this host's files, not attackers.
@@ -59,6 +60,7 @@ command.`,
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
+			outliveReaders()
 			cfg := lab.Config{Args: args, Shares: o.shares, Memory: int64(o.memory), CPUs: o.cpus, Icount: o.icount}
 			tty := o.tty && s.interactive()
 			return runLab(cmd.Context(), s, cfg, labView{tty: tty, escape: tty})
@@ -254,6 +256,9 @@ func runLab(ctx context.Context, s streams, cfg lab.Config, v labView) (err erro
 	cfg.Stdout, cfg.Stderr = progress.before(s.out), progress.before(s.err)
 	status, err := lab.Run(ctx, cfg)
 	var start *agent.StartError
+	if readerGone(err) {
+		err = nil // the status is there
+	}
 	switch {
 	case errors.As(err, &start):
 		return &exitError{status.Code, err}

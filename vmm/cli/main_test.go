@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -128,6 +129,12 @@ func runUnprivileged(t *testing.T, args ...string) result {
 	}
 	cmd := exec.Command("/proc/self/exe") // by a path that every user may take
 	cmd.Env = append(os.Environ(), asCommand+"="+string(words))
+	// With -cover the process reports what it covered, and says so where it may not.
+	coverage := t.TempDir()
+	if err := errors.Join(os.Chmod(filepath.Dir(coverage), 0o755), os.Chmod(coverage, 0o777)); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Env = append(cmd.Env, "GOCOVERDIR="+coverage)
 	cmd.Dir = "/"
 	if os.Geteuid() == 0 {
 		cmd.SysProcAttr = asNobody()

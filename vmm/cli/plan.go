@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/kvmlet/kvmlet/guest/agent"
 	"github.com/kvmlet/kvmlet/guest/tail"
@@ -180,22 +182,24 @@ func (p *plan) boot(ctx context.Context, s streams) (err error) {
 
 // command starts the VM, waits for its agent, runs the command and powers the guest off. progress ends with the boot.
 func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM, progress *progress) (int, error) {
+	signals := takeSignals()
+	defer signals.release()
 	if err := vm.Start(); err != nil {
 		return 0, err
 	}
 	// Whatever is waited for below ends when the VM does, with what comes through its port.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	release := stopOnSignal(cancel)
+	stop := signals.during(leaveAtSignal(cancel))
 	client, err := agent.Connect(ctx, vm.AgentPort())
 	progress.close()
-	release()
+	stop()
 	if err != nil {
 		return 0, cmp.Or(p.why(ctx, vm, err), errSilent)
 	}
 	defer client.Close()
 
-	sess := session{streams: s, args: p.o.command, tty: p.o.tty}
+	sess := session{streams: s, signals: signals, args: p.o.command, tty: p.o.tty}
 	switch {
 	case len(sess.args) > 0:
 	case s.interactive():
@@ -205,18 +209,64 @@ func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM, progress *pro
 		sess.args = []string{"sh"}
 	}
 	status, err := sess.run(ctx, client)
-	if err != nil {
+	var output *agent.OutputError
+	if err != nil && !errors.As(err, &output) {
 		return 0, p.why(ctx, vm, err)
 	}
-	// The guest ends its own way, so that its disks are whole.
-	end, stop := context.WithTimeout(context.WithoutCancel(ctx), powerOffGrace)
-	defer stop()
-	refused := client.Poweroff(end)
-	how, err := vm.Wait(end) // a guest that does not end in time is stopped by Close
-	if refused != nil && err == nil {
-		return 0, endError(how) // it was ending before we asked, and its command with it
+	end := ending{agent: client, vm: vm, signals: signals, err: s.err, grace: powerOffGrace}
+	if status, err = end.powerOff(ctx, status); err != nil {
+		return 0, err
+	}
+	if output != nil && !readerGone(output) {
+		return 0, &exitError{statusError, output}
 	}
 	return status, nil
+}
+
+// ending is a guest whose command has ended.
+type ending struct {
+	agent interface{ Poweroff(context.Context) error }
+	vm    interface {
+		Wait(context.Context) (vmm.End, error)
+	}
+	signals *signals
+	err     io.Writer
+	grace   time.Duration
+}
+
+// errStuck says that a guest was stopped because it did not power off.
+var errStuck = errors.New("the guest did not power off, and was stopped; what it had not written to its disks is lost")
+
+// powerOff ends the guest its own way, so that its disks are whole, and returns its command's status. A guest that does not
+// end in time, or is no longer waited for, is left running.
+func (e *ending) powerOff(ctx context.Context, status int) (int, error) {
+	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), e.grace,
+		fmt.Errorf("%w (the command's status was %d)", errStuck, status))
+	defer cancel()
+	ctx, leave := context.WithCancelCause(ctx)
+	defer leave(nil)
+	told := false
+	defer e.signals.during(func(sig os.Signal) {
+		if e.signals.exhausted(sig) {
+			leave(errLeft)
+		} else if wantsEnd(sig) && !told {
+			told = true
+			fprintf(e.err, "kvmlet: the guest is powering off, for %v at most; %d interrupts stop it at once\n", e.grace, patience)
+		}
+	})()
+	refused := e.agent.Poweroff(ctx)
+	how, err := e.vm.Wait(ctx)
+	switch {
+	case err != nil:
+		err = context.Cause(ctx)
+		return 0, cmp.Or(leaveError(err), error(&exitError{statusError, err}))
+	case how.Outcome != vmm.PowerOff:
+		return 0, endError(how)
+	case refused != nil:
+		return 0, nil // it was ending before we asked, and its command with it
+	default:
+		return status, nil
+	}
 }
 
 // errSilent says that a guest powered itself off in good order, but too soon to be asked for anything.
@@ -240,13 +290,21 @@ func (p *plan) why(ctx context.Context, vm *vmm.VM, err error) error {
 	return &exitError{statusError, err}
 }
 
-// margin puts one in front of each line that is not empty.
+// margin puts one in front of each line that is not empty, and makes it printable: a terminal must not obey the guest.
 func margin(lines []string) string {
 	var b strings.Builder
 	for _, l := range lines {
 		if l != "" {
-			fmt.Fprintf(&b, "  | %s\n", l)
+			fmt.Fprintf(&b, "  | %s\n", strings.Map(printable, l))
 		}
 	}
 	return b.String()
+}
+
+// printable is r, or a question mark where a terminal may do something else than show r.
+func printable(r rune) rune {
+	if unicode.IsPrint(r) || r == '\t' {
+		return r
+	}
+	return '?'
 }

@@ -54,7 +54,12 @@ Network cards are eth0, eth1 and so on; a NET is
   id=NAME          a name for it
 In the lab a tap is one of the lab's, so that the VM reaches the lab and nothing beyond.
 
-On a terminal, Ctrl-A x ends the VM and Ctrl-A Ctrl-A sends one Ctrl-A.
+On a terminal, Ctrl-A x ends the VM and Ctrl-A Ctrl-A sends one Ctrl-A. When nobody reads kvmlet's
+output any more, as behind "| head", COMMAND's next write there fails or ends it by SIGPIPE (status
+141), as on the host; on a terminal (-t) it is hung up. Then the VM is powered off.
+
+With --append reboot=warm a panic looks like a reboot and ends with 120, unless the kernel has the
+pvpanic driver: a reset marked as warm is how kvmlet tells a panic otherwise.
 
 Exit status, beside the command's own:
   120  the guest rebooted        121  triple fault          122  guest kernel panic
@@ -82,6 +87,7 @@ func newRun(s streams) *cobra.Command {
 				return fmt.Errorf("unexpected argument %q: a command stands behind --, as in `kvmlet run -- uname -a`", args[0])
 			}
 			o.command = args
+			outliveReaders()
 			return runVM(cmd.Context(), s, &o)
 		},
 	}
@@ -170,10 +176,10 @@ func leaveError(err error) error {
 	}
 }
 
-// showCPUs tells where the CPUs of a VM stand that ran out of time, while it is there.
+// showCPUs tells where the CPUs of a VM stand that ran out of time, or hangs, while it is there.
 func showCPUs(s streams, vm *vmm.VM, err error) {
 	var ee *exitError
-	if !errors.As(err, &ee) || ee.status != statusTimeout {
+	if !errors.As(err, &ee) || ee.status != statusTimeout && !errors.Is(err, errStuck) {
 		return
 	}
 	traces, err := vm.Trace(context.Background())
@@ -191,7 +197,7 @@ func openConsole(s streams, name string) (io.Writer, func() error, error) {
 	case "":
 		return nil, func() error { return nil }, nil
 	case "-":
-		return s.err, func() error { return nil }, nil
+		return &ifRead{w: s.err}, func() error { return nil }, nil
 	}
 	f, err := os.Create(name)
 	if err != nil {

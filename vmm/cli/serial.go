@@ -5,39 +5,29 @@ import (
 	"errors"
 	"io"
 	"os"
-	"os/signal"
-	"syscall"
+	"time"
 
 	"github.com/kvmlet/kvmlet/vmm"
 )
 
-// stopOnSignal calls leave with errLeft at the first signal that asks for an end. release undoes it.
-func stopOnSignal(leave context.CancelCauseFunc) (release func()) {
-	signals, done := make(chan os.Signal, 1), make(chan struct{})
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
-	go func() {
-		select {
-		case <-signals:
-			leave(errLeft)
-		case <-done:
-		}
-	}()
-	return func() { signal.Stop(signals); close(done) }
-}
-
 // bootConsole runs a VM that has no agent of ours: its serial console is connected to our streams until it ends. A first
-// interrupt or termination presses its power button, a second one stops it.
+// interrupt or termination presses its power button, a second one stops it. That nobody reads standard output any more
+// presses the button too, and stops the VM if it does not end soon.
 func (p *plan) bootConsole(ctx context.Context, s streams, log io.Writer) error {
-	p.cfg.Console = s.out
+	ctx, leave := context.WithCancelCause(ctx)
+	defer leave(nil)
+	out := &ifRead{w: s.out}
+	p.cfg.Console = out
 	if log != nil {
-		p.cfg.Console = io.MultiWriter(s.out, log)
+		p.cfg.Console = io.MultiWriter(out, log)
 	}
 	vm, err := vmm.New(&p.cfg)
 	if err != nil {
 		return err
 	}
-	ctx, leave := context.WithCancelCause(ctx)
-	defer leave(nil)
+	out.gone = func() { unread(vm, leave, powerOffGrace) }
+	signals := takeSignals()
+	defer signals.release()
 	var in io.Reader = s.in
 	restore := func() {}
 	if isTerminal(s.in) {
@@ -51,30 +41,19 @@ func (p *plan) bootConsole(ctx context.Context, s streams, log io.Writer) error 
 			leave(errLeft)
 		}}
 	}
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
-	defer signal.Stop(signals)
-
 	if err := vm.Start(); err != nil {
 		return errors.Join(err, vm.Close())
 	}
 	go func() { _, _ = io.Copy(serialWriter{vm}, in) }() // ends with the input, or with the VM at the next key
-	go func() {
-		select {
-		case <-signals:
-		case <-ctx.Done():
+	asked := 0
+	defer signals.during(func(sig os.Signal) {
+		if !wantsEnd(sig) {
 			return
 		}
-		if !vm.PressPowerButton() {
+		if asked++; asked > 1 || !vm.PressPowerButton() {
 			leave(errLeft)
-			return
 		}
-		select {
-		case <-signals:
-			leave(errLeft)
-		case <-ctx.Done():
-		}
-	}()
+	})()
 	end, err := vm.Wait(ctx)
 	if err != nil {
 		err = leaveError(context.Cause(ctx))
@@ -87,6 +66,16 @@ func (p *plan) bootConsole(ctx context.Context, s streams, log io.Writer) error 
 		err = closed
 	}
 	return err
+}
+
+// unread asks a VM to end whose output nobody reads any more, and leaves it if it does not listen or takes longer than
+// grace.
+func unread(vm interface{ PressPowerButton() bool }, leave context.CancelCauseFunc, grace time.Duration) {
+	if !vm.PressPowerButton() {
+		leave(errLeft)
+		return
+	}
+	time.AfterFunc(grace, func() { leave(errLeft) }) // without effect if it ended by then
 }
 
 // serialWriter types into a VM's serial port.

@@ -5,28 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/signal"
 	"syscall"
 
 	"golang.org/x/term"
 
 	"github.com/kvmlet/kvmlet/guest/agent"
+	"github.com/kvmlet/kvmlet/guest/lab"
 )
-
-// forwarded are the signals that go to the guest's command.
-var forwarded = []os.Signal{
-	syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2,
-}
-
-// patience is how many interrupts a command may ignore before they mean kvmlet itself, as with docker run.
-const patience = 3
-
-// errLeft is the cause of a session's end by Ctrl-A x, or by a signal that meant kvmlet.
-var errLeft = errors.New("the VM was stopped")
 
 // session is one command in a guest, connected to our own streams.
 type session struct {
 	streams streams
+	signals *signals
 	args    []string
 	dir     string
 	env     []string
@@ -34,7 +24,8 @@ type session struct {
 }
 
 // run starts the command and passes input, output, signals and window sizes until it ends. The status is the
-// command's, as a shell has it. The terminal, if there is one, is as before when run returns.
+// command's, as a shell has it; it is valid too if the error is an *agent.OutputError. The terminal, if there is one, is as
+// before when run returns.
 func (s *session) run(ctx context.Context, c *agent.Client) (int, error) {
 	ctx, leave := context.WithCancelCause(ctx)
 	defer leave(nil)
@@ -42,8 +33,9 @@ func (s *session) run(ctx context.Context, c *agent.Client) (int, error) {
 	cmd := agent.Command{
 		Args: s.args, Dir: s.dir, Env: s.env, Stdin: s.streams.in, Stdout: s.streams.out, Stderr: s.streams.err,
 	}
+	var size lab.Size
 	if s.tty {
-		size := terminalSize(s.streams.out)
+		size = terminalSize(s.streams.out)
 		cmd.TTY, cmd.Rows, cmd.Columns = true, size.Rows, size.Columns
 	}
 	if s.tty && isTerminal(s.streams.in) {
@@ -55,11 +47,9 @@ func (s *session) run(ctx context.Context, c *agent.Client) (int, error) {
 		cmd.Stdin = &escapeReader{r: s.streams.in, leave: func() { leave(errLeft) }}
 	}
 
-	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, append(forwarded, syscall.SIGWINCH)...)
-	defer signal.Stop(signals)
-
+	stop := s.signals.during(leaveAtSignal(leave))
 	p, err := c.Start(ctx, cmd)
+	stop()
 	var start *agent.StartError
 	if errors.As(err, &start) {
 		fprintf(s.streams.err, "kvmlet: %v\n", start)
@@ -68,9 +58,10 @@ func (s *session) run(ctx context.Context, c *agent.Client) (int, error) {
 	if err != nil {
 		return 0, cause(ctx, err)
 	}
-	stop := make(chan struct{})
-	defer close(stop)
-	go s.relay(p, signals, stop, leave)
+	if s.tty && terminalSize(s.streams.out) != size {
+		s.resize(p) // it changed while there was nobody to tell
+	}
+	defer s.signals.during(func(sig os.Signal) { s.relay(p, sig, leave) })()
 
 	ended := make(chan struct{})
 	go func() {
@@ -80,8 +71,9 @@ func (s *session) run(ctx context.Context, c *agent.Client) (int, error) {
 	select {
 	case <-ended:
 		var status agent.ExitStatus
-		if status, err = p.Wait(); err == nil {
-			return status.Code, nil
+		var output *agent.OutputError
+		if status, err = p.Wait(); err == nil || errors.As(err, &output) {
+			return status.Code, err
 		}
 	case <-ctx.Done(): // a guest may be past ending a command
 	}
@@ -91,38 +83,31 @@ func (s *session) run(ctx context.Context, c *agent.Client) (int, error) {
 	return 0, cause(ctx, err)
 }
 
-// target takes what relay passes on; it is an *agent.Process.
+// target takes what relay passes on, without making it wait; it is an *agent.Process.
 type target interface {
 	Signal(syscall.Signal) error
 	Resize(rows, columns uint16) error
 }
 
-// relay passes signals on until stop is closed.
-func (s *session) relay(p target, signals <-chan os.Signal, stop <-chan struct{}, leave func(error)) {
-	interrupts := 0
-	for {
-		select {
-		case <-stop:
-			return
-		case sig := <-signals:
-			if sig == syscall.SIGWINCH {
-				if s.tty {
-					size := terminalSize(s.streams.out)
-					_ = p.Resize(size.Rows, size.Columns) // a command that is gone needs no size
-				}
-				continue
-			}
-			if sig == syscall.SIGINT || sig == syscall.SIGTERM {
-				interrupts++
-			}
-			// On a terminal Ctrl-C comes as a byte; a signal is somebody else's word to end.
-			if interrupts >= patience || s.tty && (sig == syscall.SIGTERM || sig == syscall.SIGHUP) {
-				leave(errLeft)
-				return
-			}
-			_ = p.Signal(sig.(syscall.Signal)) // a command that is gone needs no signal
+// relay passes a signal on, or leaves if it means kvmlet.
+func (s *session) relay(p target, sig os.Signal, leave context.CancelCauseFunc) {
+	if sig == syscall.SIGWINCH {
+		if s.tty {
+			s.resize(p)
 		}
+		return
 	}
+	// On a terminal Ctrl-C comes as a byte; a signal is somebody else's word to end.
+	if s.signals.exhausted(sig) || s.tty && (sig == syscall.SIGTERM || sig == syscall.SIGHUP) {
+		leave(errLeft)
+		return
+	}
+	_ = p.Signal(sig.(syscall.Signal)) // a command that is gone needs no signal
+}
+
+func (s *session) resize(p target) {
+	size := terminalSize(s.streams.out)
+	_ = p.Resize(size.Rows, size.Columns) // a command that is gone needs no size
 }
 
 // cause prefers the reason why ctx ended over the error that followed from it.
