@@ -143,6 +143,7 @@ func TestCommandsThatCannotStart(t *testing.T) {
 		text string
 	}{
 		{Command{Args: []string{"no-such-command"}}, 127, "no-such-command: no such file or directory in PATH"},
+		{Command{Args: []string{""}}, 127, "a command without a name"},
 		{Command{Args: []string{"/no/such"}}, 127, "/no/such: no such file"},
 		{Command{Args: []string{plain}}, 126, "permission denied"},
 		{Command{Args: []string{dir}}, 126, "permission denied"},

@@ -30,6 +30,9 @@ func lookPath(sp *spec) (string, error) {
 		return "", fmt.Errorf("working directory %s: %v", dir[1:], err) //nolint:errorlint // as above
 	}
 	name := sp.args[0]
+	if name == "" {
+		return "", fmt.Errorf("a command without a name: %w", syscall.ENOENT)
+	}
 	if strings.Contains(name, "/") {
 		path := name
 		if !filepath.IsAbs(path) {

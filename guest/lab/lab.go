@@ -78,9 +78,12 @@ type Config struct {
 	Size           Size
 	Resize         <-chan Size
 
-	// Signals go to the command. SIGINT, SIGTERM and SIGHUP end the lab at once if there is no command yet, or if they
-	// are not the first for it.
+	// Signals go to the command. SIGINT, SIGTERM and SIGHUP end the lab at once if there is no command yet, or if too
+	// many came for it.
 	Signals <-chan os.Signal
+
+	// Patience is how many of those three are too many; 0: 2.
+	Patience int
 
 	Memory int64 // bytes, a multiple of 1 MiB; 0: DefaultMemory
 	CPUs   int   // 0: DefaultCPUs
@@ -105,8 +108,8 @@ func Inside() bool {
 	return err == nil && strings.Contains(" "+string(cmdline), " "+marker)
 }
 
-// Run runs a command in a lab and waits for it. The status is valid if the error is nil or an *agent.StartError, which
-// has a shell's 126 or 127. When ctx ends, so does the lab, with everything in it.
+// Run runs a command in a lab and waits for it. The status is valid if the error is nil, an *agent.OutputError, with which
+// the command ended all the same, or an *agent.StartError, which has a shell's 126 or 127. When ctx ends, so does the lab, with everything in it.
 func Run(ctx context.Context, cfg Config) (status agent.ExitStatus, err error) {
 	if err := cfg.complete(); err != nil {
 		return status, fmt.Errorf("lab: %w", err)
@@ -168,6 +171,9 @@ func (cfg *Config) complete() (err error) {
 	cfg.Inputs = slices.DeleteFunc(cfg.Inputs, func(path string) bool { return !replaced(path) })
 	if cfg.Memory == 0 {
 		cfg.Memory = DefaultMemory
+	}
+	if cfg.Patience == 0 {
+		cfg.Patience = 2
 	}
 	if cfg.CPUs == 0 {
 		cfg.CPUs = DefaultCPUs
@@ -264,24 +270,26 @@ func (m *machine) run(
 	case started <- p:
 	case <-ctx.Done():
 	}
-	if status, err = p.Wait(); err != nil {
+	status, err = p.Wait()
+	var output *agent.OutputError
+	if err != nil && !errors.As(err, &output) { // with that one the command ended all the same
 		return status, err
 	}
 	if len(cfg.Shares) > 0 {
 		ctx, cancel := context.WithTimeout(ctx, leaveTimeout)
 		defer cancel()
-		err = m.agent.Sync(ctx)
+		err = errors.Join(err, m.agent.Sync(ctx))
 	}
 	return status, err
 }
 
 // forward passes signals and sizes on to the command, once it is started, until ctx ends. An interrupt before that, or
-// a second one, cancels everything.
+// one that is more than the command has patience for, cancels everything.
 func forward(ctx context.Context, cancel context.CancelCauseFunc, cfg *Config, started <-chan *agent.Process) {
 	var (
 		p       *agent.Process
 		size    Size // the newest that came before p
-		ending  = true
+		left    = 1  // interrupts until the end of all
 		signals = cfg.Signals
 		resize  = cfg.Resize
 	)
@@ -290,7 +298,7 @@ func forward(ctx context.Context, cancel context.CancelCauseFunc, cfg *Config, s
 		case <-ctx.Done():
 			return
 		case p = <-started:
-			ending = false
+			left = cfg.Patience
 			if size != (Size{}) {
 				_ = p.Resize(size.Rows, size.Columns)
 			}
@@ -309,11 +317,13 @@ func forward(ctx context.Context, cancel context.CancelCauseFunc, cfg *Config, s
 			switch {
 			case !ok:
 				signals = nil
-			case final && ending:
+			case final && left <= 1:
 				cancel(ErrInterrupted)
 				return
 			case p != nil:
-				ending = ending || final
+				if final {
+					left--
+				}
 				_ = p.Signal(number)
 			}
 		}

@@ -3,6 +3,7 @@ package cli
 import (
 	"fmt"
 
+	"github.com/kvmlet/kvmlet/guest/lab"
 	"github.com/kvmlet/kvmlet/vmm/kvm"
 )
 
@@ -16,8 +17,13 @@ const (
 // chooseAccel decides where VMs run. For auto it tries this host's KVM, and when that will not do, why says so.
 func chooseAccel(accel string) (chosen, why string, err error) {
 	switch accel {
-	case accelKVM, accelLab:
-		return accel, "", nil
+	case accelKVM:
+		return accelKVM, "", nil
+	case accelLab:
+		if lab.Inside() {
+			return "", "", fmt.Errorf("--accel lab: %w", errNested)
+		}
+		return accelLab, "", nil
 	case accelAuto:
 		if err := kvm.CheckHardware(); err != nil {
 			return accelLab, err.Error(), nil

@@ -103,6 +103,9 @@ func TestBadInput(t *testing.T) {
 		args []string
 		want string
 	}{
+		"kernel without a name":           {[]string{"--kernel", ""}, "--kernel: it is empty"},
+		"initrd empty":                    {[]string{"--initrd="}, "--initrd: it is empty"},
+		"console empty":                   {[]string{"--console", ""}, "--console: it is empty"},
 		"kernel missing":                  {[]string{"--kernel", f.path("none")}, "no such file"},
 		"kernel is a directory":           {[]string{"--kernel", f.dir}, "not a regular file"},
 		"kernel is a pipe":                {[]string{"--kernel", pipe}, "not a regular file"},

@@ -54,6 +54,8 @@ command.`,
 			switch {
 			case len(args) == 0:
 				return errors.New("no command given: it stands behind --, as in `kvmlet lab -- ls -l /dev/kvm`")
+			case lab.Inside():
+				return errNested
 			case o.cpus < 1 || o.cpus > lab.MaxCPUs:
 				return fmt.Errorf("--cpus %d: want 1 to %d", o.cpus, lab.MaxCPUs)
 			}
@@ -76,6 +78,9 @@ command.`,
 	return cmd
 }
 
+// errNested refuses what would take minutes to boot, to no use.
+var errNested = errors.New("this is a lab already, in which KVM is as on hardware: run the command as it is")
+
 // runInLab carries out `kvmlet run` by running it in the lab, where KVM is as on hardware. What can be checked here is, so
 // that mistakes do not cost a boot.
 func (p *plan) runInLab(ctx context.Context, s streams) (err error) {
@@ -89,8 +94,10 @@ func (p *plan) runInLab(ctx context.Context, s streams) (err error) {
 	if p.cfg.Resources, err = vmm.OpenResources(&disks); err != nil {
 		return err
 	}
+	signals := takeSignals()
+	defer signals.release()
 	progress := newProgress(s.err)
-	err = p.prepare(ctx, progress) // in the lab the cache is read-only
+	err = p.prepare(ctx, signals, progress) // in the lab the cache is read-only
 	progress.close()
 	if err != nil {
 		return err
@@ -108,8 +115,10 @@ func (p *plan) runInLab(ctx context.Context, s streams) (err error) {
 	}
 	cfg := lab.Config{
 		Args: args, Shares: shares, Inputs: inputs, Memory: labMemory(p.cfg.Memory), CPUs: lab.DefaultCPUs,
+		Patience: labPatience,
 	}
 	return runLab(ctx, s, cfg, labView{
+		vm:      true,
 		tty:     s.interactive() && (p.o.tty || len(p.o.command) == 0),
 		started: "Booting the VM in the lab",
 	})
@@ -165,7 +174,7 @@ func (p *plan) labCommand(exe string) (args, shares []string, err error) {
 	}
 	if path := o.console; path != "" {
 		if path != "-" && path != os.DevNull { // which is there as well
-			if path, err = createShared(path); err != nil {
+			if path, err = p.createShared(); err != nil {
 				return nil, nil, err
 			}
 			shares = append(shares, path)
@@ -187,20 +196,25 @@ func labMemory(vm uint64) int64 {
 	return lab.DefaultMemory
 }
 
-// createShared makes an empty file for the lab to write to and returns its absolute path.
-func createShared(path string) (string, error) {
-	f, err := os.Create(path)
+// createShared makes an empty file of the console's for the lab to write to and returns its absolute path.
+func (p *plan) createShared() (string, error) {
+	f, err := p.createConsole()
 	if err != nil {
-		return "", fmt.Errorf("console: %w", err)
+		return "", err
 	}
 	if err := f.Close(); err != nil {
-		return "", fmt.Errorf("console: %w", err)
+		return "", fmt.Errorf("--console: %w", err)
 	}
-	return filepath.Abs(path)
+	return filepath.Abs(p.o.console)
 }
+
+// labPatience is how many interrupts end a lab with a VM at once. They go to the kvmlet in there before, which stops the
+// VM at the third; if it does not, something is wrong with the lab.
+const labPatience = patience + 2
 
 // labView is how a command in the lab looks on our terminal.
 type labView struct {
+	vm      bool   // it is a kvmlet that runs the VM
 	tty     bool   // it has the terminal for itself
 	escape  bool   // Ctrl-A x there means us, not the command
 	started string // what is shown from its start to its first output
@@ -270,6 +284,12 @@ func runLab(ctx context.Context, s streams, cfg lab.Config, v labView) (err erro
 			return &exitError{statusStopped, errLabLeft}
 		}
 		return cmp.Or(leaveError(context.Cause(ctx)), leaveError(err), err)
+	case v.vm && status.Signal != 0:
+		// It was not ready for the signal yet, and so had no VM.
+		if wantsEnd(status.Signal) {
+			return &exitError{statusStopped, errLeft}
+		}
+		return fmt.Errorf("the VM's process in the lab was killed (%v)", status.Signal)
 	case status.Code != 0:
 		return &exitError{status: status.Code}
 	default:

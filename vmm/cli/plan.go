@@ -107,13 +107,16 @@ func checkHostname(name string) error {
 	return nil
 }
 
-// prepare opens what the VM boots from, and makes what is missing.
-func (p *plan) prepare(ctx context.Context, progress *progress) (err error) {
+// prepare opens what the VM boots from, and makes what is missing, until a signal calls that off.
+func (p *plan) prepare(ctx context.Context, signals *signals, progress *progress) (err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer signals.during(leaveAtSignal(cancel))()
 	p.image, err = vmm.OpenImage(ctx, vmm.ImageOptions{
 		Kernel: p.o.kernel, Initrd: p.o.initrd, Agent: p.agent, Progress: progress.image,
 	})
 	if err != nil {
-		return err
+		return cmp.Or(leaveError(context.Cause(ctx)), err)
 	}
 	p.cfg.Kernel, p.cfg.Initrd = p.image.Kernel, p.image.Initrd
 	return nil
@@ -122,7 +125,7 @@ func (p *plan) prepare(ctx context.Context, progress *progress) (err error) {
 // powerOffGrace bounds how long a guest may take to power off when its command has ended.
 const powerOffGrace = 20 * time.Second
 
-// Of a guest's console consoleSize bytes are kept, and the last consoleLines lines shown if it fails.
+// Of a guest's console consoleSize bytes are kept, and consoleLines lines shown if it fails.
 const (
 	consoleSize  = 64 << 10
 	consoleLines = 25
@@ -136,20 +139,22 @@ func (p *plan) boot(ctx context.Context, s streams) (err error) {
 	if err := haveKVM(); err != nil { // before an image is made for nothing
 		return err
 	}
+	signals := takeSignals()
+	defer signals.release()
 	progress := newProgress(s.err)
 	defer progress.close()
-	if err := p.prepare(ctx, progress); err != nil {
+	if err := p.prepare(ctx, signals, progress); err != nil {
 		return err
 	}
 	progress.busy("Booting the VM")
-	w, closeConsole, err := openConsole(s, p.o.console)
+	w, closeConsole, err := p.openConsole(s)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeConsole()) }()
 	if !p.agent {
 		progress.close()
-		return p.bootConsole(ctx, s, w)
+		return p.bootConsole(ctx, s, signals, w)
 	}
 	console := tail.New(consoleSize)
 	p.cfg.Console, p.cfg.AgentPort = console, true
@@ -160,7 +165,7 @@ func (p *plan) boot(ctx context.Context, s streams) (err error) {
 	if err != nil {
 		return err
 	}
-	status, err := p.command(ctx, s, vm, progress)
+	status, err := p.command(ctx, s, signals, vm, progress)
 	showCPUs(s, vm, err)
 	if closed := vm.Close(); err == nil {
 		err = closed
@@ -170,7 +175,7 @@ func (p *plan) boot(ctx context.Context, s streams) (err error) {
 	}
 	var ee *exitError
 	if w == nil && errors.As(err, &ee) && ee.failed() {
-		if last := margin(console.Lines(consoleLines)); last != "" {
+		if last := margin(excerpt(console.Lines(consoleSize))); last != "" {
 			fprintf(s.err, "kvmlet: the guest's console ended with\n%s", last)
 		}
 	}
@@ -181,9 +186,9 @@ func (p *plan) boot(ctx context.Context, s streams) (err error) {
 }
 
 // command starts the VM, waits for its agent, runs the command and powers the guest off. progress ends with the boot.
-func (p *plan) command(ctx context.Context, s streams, vm *vmm.VM, progress *progress) (int, error) {
-	signals := takeSignals()
-	defer signals.release()
+func (p *plan) command(
+	ctx context.Context, s streams, signals *signals, vm *vmm.VM, progress *progress,
+) (int, error) {
 	if err := vm.Start(); err != nil {
 		return 0, err
 	}
@@ -288,6 +293,18 @@ func (p *plan) why(ctx context.Context, vm *vmm.VM, err error) error {
 		return endError(end)
 	}
 	return &exitError{statusError, err}
+}
+
+// excerpt is what is shown of a console: its last lines, or those of a panic from its first words on.
+func excerpt(lines []string) []string {
+	from := max(0, len(lines)-consoleLines)
+	for i, l := range lines {
+		if strings.Contains(l, "Kernel panic - not syncing") {
+			from = min(from, i)
+			break
+		}
+	}
+	return lines[from:min(len(lines), from+consoleLines)]
 }
 
 // margin puts one in front of each line that is not empty, and makes it printable: a terminal must not obey the guest.

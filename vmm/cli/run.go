@@ -42,7 +42,7 @@ has the usual commands, fio and iperf3. With --initrd and no command the VM is l
 own init, and its serial console is connected here.
 
 Disks are /dev/vda, /dev/vdb and so on in the order given; a DISK is
-  path=FILE        a raw image or, outside of the lab, a block device; a comma in the name is written twice
+  path=FILE        a raw image, or outside of the lab a block device; a comma in it is written twice
   readonly         the guest cannot write, and others may read the file too
   format=raw       the only one so far
   id=NAME          the serial number that the guest sees, up to 20 characters
@@ -85,6 +85,12 @@ func newRun(s streams) *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if n := cmd.ArgsLenAtDash(); n > 0 || n < 0 && len(args) > 0 {
 				return fmt.Errorf("unexpected argument %q: a command stands behind --, as in `kvmlet run -- uname -a`", args[0])
+			}
+			for _, name := range []string{"kernel", "initrd", "console"} {
+				// A script's variable that is unset, say: to boot something else then would help nobody.
+				if f := cmd.Flags().Lookup(name); f.Changed && f.Value.String() == "" {
+					return fmt.Errorf("--%s: it is empty", name)
+				}
 			}
 			o.command = args
 			outliveReaders()
@@ -192,16 +198,52 @@ func showCPUs(s streams, vm *vmm.VM, err error) {
 }
 
 // openConsole opens what --console names. The closer does nothing for standard error.
-func openConsole(s streams, name string) (io.Writer, func() error, error) {
-	switch name {
+func (p *plan) openConsole(s streams) (io.Writer, func() error, error) {
+	switch p.o.console {
 	case "":
 		return nil, func() error { return nil }, nil
 	case "-":
 		return &ifRead{w: s.err}, func() error { return nil }, nil
 	}
-	f, err := os.Create(name)
+	f, err := p.createConsole()
 	if err != nil {
-		return nil, nil, fmt.Errorf("console: %w", err)
+		return nil, nil, err
 	}
 	return f, f.Close, nil
+}
+
+// createConsole makes or empties the file that --console names, unless the VM lives from it.
+func (p *plan) createConsole() (_ *os.File, err error) {
+	name := p.o.console
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("--console: %w", err)
+		}
+	}()
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o666)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	own := []string{p.o.kernel, p.o.initrd}
+	for _, d := range p.cfg.Disks {
+		own = append(own, d.Path)
+	}
+	for _, path := range own {
+		if other, err := os.Stat(path); err == nil && os.SameFile(info, other) {
+			return nil, fmt.Errorf("%s is the VM's disk, kernel or initrd, and would be overwritten", name)
+		}
+	}
+	if info.Mode().IsRegular() {
+		err = f.Truncate(0)
+	}
+	return f, err
 }

@@ -13,7 +13,7 @@ import (
 // bootConsole runs a VM that has no agent of ours: its serial console is connected to our streams until it ends. A first
 // interrupt or termination presses its power button, a second one stops it. That nobody reads standard output any more
 // presses the button too, and stops the VM if it does not end soon.
-func (p *plan) bootConsole(ctx context.Context, s streams, log io.Writer) error {
+func (p *plan) bootConsole(ctx context.Context, s streams, signals *signals, log io.Writer) error {
 	ctx, leave := context.WithCancelCause(ctx)
 	defer leave(nil)
 	out := &ifRead{w: s.out}
@@ -26,8 +26,6 @@ func (p *plan) bootConsole(ctx context.Context, s streams, log io.Writer) error 
 		return err
 	}
 	out.gone = func() { unread(vm, leave, powerOffGrace) }
-	signals := takeSignals()
-	defer signals.release()
 	var in io.Reader = s.in
 	restore := func() {}
 	if isTerminal(s.in) {
