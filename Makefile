@@ -8,8 +8,8 @@ PREFIX ?= /usr/local
 # Arguments of "make run", for example: make run ARGS='--cpus 2 -- nproc'
 ARGS ?=
 
-# Packages whose tests boot machines in the lab. They run one package at a time, since a lab takes all cores of a small
-# machine, and without the race detector, which QEMU's emulation would slow down too much.
+# Packages whose tests boot machines in the lab. Two run at a time, since a lab takes one core, and without the race
+# detector, which QEMU's emulation would slow down too much.
 LAB_PACKAGES ?= guest/guesttest guest/lab guest/lab/labtest vmm vmm/cli/clitest
 PACKAGES     = $(eval PACKAGES := $$(shell PATH='$(PATH)' go list ./...))$(PACKAGES)
 LAB          = $(filter $(addprefix $(MODULE)/,$(LAB_PACKAGES)),$(PACKAGES))
@@ -50,7 +50,7 @@ test: setup $(CACHE)/bin/testsum
 	@KVMLET_REQUIRE=all $(CACHE)/bin/testsum \
 		'go vet ./...' \
 		'go test -json -vet=off -race -timeout $(TIMEOUT) $(RACE)' \
-		$(if $(LAB),'go test -json -vet=off -p 1 -timeout $(LAB_TIMEOUT) $(LAB)') \
+		$(if $(LAB),'go test -json -vet=off -p 2 -timeout $(LAB_TIMEOUT) $(LAB)') \
 		'go run ./scripts/fuzz -time 3s -total $(TEST_FUZZTIME)'
 
 fuzz: setup $(CACHE)/bin/testsum
