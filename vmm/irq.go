@@ -13,7 +13,7 @@ import (
 // interrupts owns the machine's routing table: the pins of the in-kernel chips, and a GSI for every message-signalled
 // interrupt in use. KVM replaces the table as a whole, so all changes go through here.
 type interrupts struct {
-	vm *kvm.VM
+	vm interruptController
 
 	mu     sync.Mutex
 	routes []kvm.Route            // the pins', then the messages'
@@ -22,7 +22,17 @@ type interrupts struct {
 	levels [kvm.IOAPICPins]uint32 // per GSI, the set of sharers that hold the line up
 }
 
-func newInterrupts(vm *kvm.VM) (*interrupts, error) {
+// interruptController is the part of a kvm.VM that interrupts and doorbells go through.
+type interruptController interface {
+	SetRoutes(routes []kvm.Route) error
+	SetIRQ(gsi uint32, high bool) error
+	AssignIRQFD(eventfd int, gsi uint32) error
+	DeassignIRQFD(eventfd int, gsi uint32) error
+	AssignIOEvent(addr uint64, n, eventfd int) error
+	DeassignIOEvent(addr uint64, n, eventfd int) error
+}
+
+func newInterrupts(vm interruptController) (*interrupts, error) {
 	r := &interrupts{vm: vm}
 	for gsi := range uint32(kvm.IOAPICPins) {
 		switch {
@@ -89,7 +99,8 @@ func (r *interrupts) addMSI(ev *queue.Event, addr uint64, data uint32) (int, err
 	return int(gsi), nil
 }
 
-// updateMSI changes the message of a GSI that addMSI returned.
+// updateMSI changes the message of a GSI that addMSI returned. An error leaves it as it was: KVM takes or refuses the table
+// as a whole, so a route that it refuses must not stay in the next one.
 func (r *interrupts) updateMSI(id int, addr uint64, data uint32) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -97,8 +108,13 @@ func (r *interrupts) updateMSI(id int, addr uint64, data uint32) error {
 	if i < 0 {
 		return fmt.Errorf("GSI %d carries no message", id)
 	}
+	before := r.routes[i]
 	r.routes[i] = kvm.MSIRoute(uint32(id), addr, data)
-	return r.vm.SetRoutes(r.routes)
+	if err := r.vm.SetRoutes(r.routes); err != nil {
+		r.routes[i] = before
+		return err
+	}
+	return nil
 }
 
 // removeMSI disconnects the eventfd and frees the GSI.

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"math"
 	"strings"
 )
 
@@ -96,7 +97,7 @@ func (b *bzImage) findPayload(r io.ReaderAt, size int64) error {
 		return err
 	}
 	b.unpacked = int64(binary.LittleEndian.Uint32(tail[:]))
-	if b.unpacked == 0 || b.unpacked > maxUnpacked {
+	if !plausible(b.packed, b.unpacked) {
 		return b.checkStub()
 	}
 	b.method = m
@@ -114,10 +115,11 @@ func (b *bzImage) stub() (*program, error) {
 	h := &b.header
 	addr := max(h.PrefAddress, highAddr)
 	n := uint64(h.SysSize) * 16
-	return &program{
-		segments: []segment{{off: b.setup, addr: addr, filesz: n, memsz: max(n, uint64(h.InitSize))}},
-		entry:    addr + entry64Offset,
-	}, nil
+	s := segment{off: b.setup, addr: addr, filesz: n, memsz: max(n, uint64(h.InitSize))}
+	if s.memsz > math.MaxUint64-addr {
+		return nil, fmt.Errorf("%w: its preferred address is %#x", ErrKernelTooLarge, addr)
+	}
+	return &program{segments: []segment{s}, entry: addr + entry64Offset}, nil
 }
 
 // readVersion returns the version string or "" where there is none: it only informs.

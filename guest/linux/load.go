@@ -245,7 +245,7 @@ func (l *loader) chooseMode() error {
 func (l *loader) placeKernel() error {
 	if end := l.program.end(); end > l.lowEnd {
 		return fmt.Errorf("%w: it reaches up to %d MiB, the guest has %d MiB below the device hole; give it more memory",
-			ErrKernelTooLarge, (end+1<<20-1)>>20, l.lowEnd>>20)
+			ErrKernelTooLarge, (end-1)>>20+1, l.lowEnd>>20)
 	}
 	return nil
 }

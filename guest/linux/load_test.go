@@ -256,6 +256,32 @@ func TestKernelTooLarge(t *testing.T) {
 	}
 }
 
+// Sizes and addresses at the end of the address space don't wrap.
+func TestKernelAtTheEnd(t *testing.T) {
+	t.Parallel()
+	stub := func(addr uint64) []byte {
+		return testBz{payload: pack(t, "lzo", nil), header: func(h *setupHeader) { h.PrefAddress = addr }}.build(t)
+	}
+	for _, tt := range []struct {
+		name, want string
+		file       []byte
+	}{
+		{"ELF", "up to 17592186044416 MiB", testELF{phys: func(i int, p *elf.Prog64) {
+			if i == 0 {
+				p.Memsz = 1<<64 - 1 - p.Paddr
+			}
+		}}.build(t)},
+		{"stub", "0xffffffffffffffff", stub(1<<64 - 1)},
+		{"stub that ends behind the last address", "0xffffffffff800000", stub(1<<64 - 8<<20)},
+		{"stub that ends at the last page", "up to 17592186044416 MiB", stub(1<<64 - 8<<20 - 4096)},
+	} {
+		_, err := Load(newMemory(t, 64<<20), parse(t, tt.file), Options{})
+		if !errors.Is(err, ErrKernelTooLarge) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+}
+
 func TestCmdlineLimit(t *testing.T) {
 	t.Parallel()
 	bz := func(size uint32) []byte {

@@ -10,7 +10,6 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
-	"github.com/pierrec/lz4/v4"
 	"github.com/therootcompany/xz"
 	"github.com/ulikunitz/xz/lzma"
 )
@@ -18,9 +17,17 @@ import (
 // Bounds on what a payload may ask for. Kernels are below 100 MiB; their build uses windows of up to 128 MiB.
 const (
 	maxUnpacked = 1 << 30 // KERNEL_IMAGE_SIZE: the kernel's own mapping is no larger
+	maxPacked   = 256 << 20
 	maxWindow   = 128 << 20
 	magicSize   = 8
 )
+
+// plausible reports whether a payload of these sizes is one to unpack. What a decoder reads need not produce anything, as
+// empty frames and padding don't: without a bound, a sparse file could keep one busy for long. No method here makes data
+// an eighth longer.
+func plausible(packed, unpacked int64) bool {
+	return unpacked > 0 && unpacked <= maxUnpacked && packed <= min(maxPacked, unpacked+unpacked/8+64<<10)
+}
 
 // method is a way to compress a payload. The kernel's build (scripts/Makefile.lib) also knows LZO, for which there is
 // no decoder that we would depend on: such kernels unpack themselves.
@@ -28,49 +35,36 @@ type method struct {
 	name    string
 	magic   string
 	ownSize bool // the format itself ends with the unpacked size; otherwise the build appends it
-	open    func(packed *io.SectionReader, size int64) (io.Reader, error)
+	open    func(packed *io.SectionReader) (io.Reader, error)
 }
 
 var methods = []method{
-	{"gzip", "\x1f\x8b\x08", true, func(r *io.SectionReader, _ int64) (io.Reader, error) {
+	{"gzip", "\x1f\x8b\x08", true, func(r *io.SectionReader) (io.Reader, error) {
 		return gzip.NewReader(buffered(r))
 	}},
-	{"bzip2", "BZh", false, func(r *io.SectionReader, _ int64) (io.Reader, error) {
+	{"bzip2", "BZh", false, func(r *io.SectionReader) (io.Reader, error) {
 		return bzip2.NewReader(buffered(r)), nil
 	}},
-	{"lzma", "\x5d\x00\x00", false, func(r *io.SectionReader, _ int64) (io.Reader, error) {
+	{"lzma", "\x5d\x00\x00", false, func(r *io.SectionReader) (io.Reader, error) {
 		return lzma.ReaderConfig{DictCap: maxWindow}.NewReader(buffered(r))
 	}},
-	{"xz", "\xfd7zXZ\x00", false, func(r *io.SectionReader, _ int64) (io.Reader, error) {
+	{"xz", "\xfd7zXZ\x00", false, func(r *io.SectionReader) (io.Reader, error) {
 		return xz.NewReader(buffered(r), maxWindow)
 	}},
-	{"lz4", "\x02\x21\x4c\x18", false, func(r *io.SectionReader, _ int64) (io.Reader, error) {
-		return lz4.NewReader(buffered(r)), nil
+	{"lz4", "\x02\x21\x4c\x18", false, func(r *io.SectionReader) (io.Reader, error) {
+		return newLZ4Reader(buffered(r)), nil
 	}},
 	{"zstd", "\x28\xb5\x2f\xfd", false, unzstd},
 }
 
 func buffered(r io.Reader) io.Reader { return bufio.NewReaderSize(r, 256<<10) }
 
-// unzstd decodes the whole payload at once. Kernels are packed with a window larger than themselves, so a stream would
-// hold as much, and copy it besides.
-func unzstd(r *io.SectionReader, size int64) (io.Reader, error) {
-	packed := make([]byte, r.Size())
-	if err := readFull(r, packed, 0); err != nil {
-		return nil, err
-	}
-	// The decoder refuses windows above its limit on memory, even where the data is smaller.
-	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-		zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(max(uint64(size), maxWindow)))
-	if err != nil {
-		return nil, err
-	}
-	defer d.Close()
-	b, err := d.DecodeAll(packed, make([]byte, 0, size))
-	if err != nil {
-		return nil, err
-	}
-	return bytes.NewReader(b), nil
+// unzstd decodes a block at a time. Kernels are packed with a window larger than themselves, so this takes as much memory
+// as all of the kernel, but never more than a window, whatever the frames' headers say.
+func unzstd(r *io.SectionReader) (io.Reader, error) {
+	// With a concurrency of 1 the decoder has no goroutines, and need not be closed.
+	return zstd.NewReader(buffered(r), zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+		zstd.WithDecoderMaxWindow(maxWindow))
 }
 
 // methodOf returns the method of a payload that begins with head, nil if it is unknown.
@@ -97,7 +91,7 @@ func (k *Kernel) unpacker() (*unpacker, error) {
 	src := io.NewSectionReader(k.file, b.payload, b.packed)
 	u := &unpacker{name: b.method.name, left: b.unpacked}
 	var err error
-	if u.r, err = b.method.open(src, b.unpacked); err != nil {
+	if u.r, err = b.method.open(src); err != nil {
 		return nil, u.explain(err)
 	}
 	return u, nil
@@ -140,7 +134,8 @@ func (u *unpacker) finish() error {
 func (u *unpacker) explain(err error) error {
 	class := ErrCorrupt
 	for _, e := range []error{
-		xz.ErrOptions, xz.ErrMemlimit, xz.ErrUnsupportedCheck, zstd.ErrWindowSizeExceeded, zstd.ErrUnknownDictionary,
+		xz.ErrOptions, xz.ErrMemlimit, xz.ErrUnsupportedCheck, zstd.ErrUnknownDictionary,
+		zstd.ErrWindowSizeExceeded, zstd.ErrDecoderSizeExceeded, // which is a window too, that of a frame in one segment
 	} {
 		if errors.Is(err, e) {
 			class = ErrUnsupported

@@ -92,6 +92,7 @@ func TestUnpackUnknown(t *testing.T) {
 		{"unpacked size 4 GiB", sized(pack(t, "zstd", vmlinux), 1<<32-1)},
 		{"large LZMA dictionary", wideLZMA},
 		{"large zstd window", sized([]byte{0x28, 0xb5, 0x2f, 0xfd, 0, 20 << 3, 1, 0, 0}, len(vmlinux))},
+		{"zstd frame of 1 GiB in one segment", sized(zstdFrame(1<<30, 1), len(vmlinux))},
 		{"xz with an unknown filter", sized(xzFilter(0x21), len(vmlinux))},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

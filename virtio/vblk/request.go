@@ -2,6 +2,7 @@ package vblk
 
 import (
 	"encoding/binary"
+	"errors"
 	"math"
 
 	"github.com/kvmlet/kvmlet/blk"
@@ -28,12 +29,21 @@ const (
 	statusUnsupp = 2
 )
 
+// pieceSize is the most that a request moves, in bytes, before it looks whether the device is being reset. One chain can
+// ask for 4 GiB, since its descriptors may all name the same memory, and for as long as that takes a guest would decide
+// how long a reset lasts. Linux's requests, of up to 4 MiB by default, are one piece.
+const pieceSize = 4 << 20
+
+// errStopped ends a request between two pieces.
+var errStopped = errors.New("vblk: the device is being reset")
+
 // request is one request and the room to parse it in. A worker has one and uses it again and again.
 type request struct {
 	chain queue.Chain
 	out   iov.Vec // the chain's readable part, without what has been parsed
 	in    iov.Vec // its writable part, without the status byte
 	room  int     // bytes of its writable part
+	piece iov.Vec // the part of out or in that is under way, where that is not all of it
 }
 
 // serve carries out the request in r.chain and returns the length for the used ring: the bytes of data written to the
@@ -65,9 +75,9 @@ func (d *Device) execute(r *request) (written int, status byte) {
 
 	switch binary.LittleEndian.Uint32(h[0:]) {
 	case typeIn:
-		return d.read(sector, r.in, r.out)
+		return d.read(r, sector)
 	case typeOut:
-		return 0, d.write(sector, r.out, r.in)
+		return 0, d.write(r, sector)
 	case typeFlush:
 		return 0, statusOf(d.disk.Flush())
 	case typeGetID:
@@ -78,28 +88,54 @@ func (d *Device) execute(r *request) (written int, status byte) {
 	}
 }
 
-func (d *Device) read(sector uint64, data, rest iov.Vec) (int, byte) {
-	off, ok := d.offset(sector, data, rest)
+func (d *Device) read(r *request, sector uint64) (int, byte) {
+	off, ok := d.offset(sector, r.in, r.out)
 	if !ok {
 		return 0, statusIOErr
 	}
-	n, err := d.disk.ReadVecAt(data, off)
-	if err != nil {
+	if err := d.transfer(r, d.disk.ReadVecAt, r.in, off); err != nil {
 		return 0, statusIOErr
 	}
-	return n, statusOK
+	return r.in.Size(), statusOK
 }
 
-func (d *Device) write(sector uint64, data, rest iov.Vec) byte {
-	off, ok := d.offset(sector, data, rest)
+func (d *Device) write(r *request, sector uint64) byte {
+	off, ok := d.offset(sector, r.out, r.in)
 	if !ok {
 		return statusIOErr
 	}
-	_, err := d.disk.WriteVecAt(data, off)
+	err := d.transfer(r, d.disk.WriteVecAt, r.out, off)
 	if err == nil && d.writethrough {
 		err = d.disk.Flush()
 	}
 	return statusOf(err)
+}
+
+// transfer moves data by calls of move, which is a method of the disk, for one piece each. Once the device is being reset
+// it returns errStopped at the end of a piece; what has been moved until then stays.
+func (d *Device) transfer(r *request, move func(iov.Vec, int64) (int, error), data iov.Vec, off int64) error {
+	size := data.Size()
+	// A request that does not lie on the disk goes there as a whole, to be refused before any of it is carried out.
+	if size <= pieceSize || off > d.disk.Size()-int64(size) {
+		_, err := move(data, off)
+		return err
+	}
+	for at := 0; ; {
+		n := min(size-at, pieceSize)
+		var err error
+		if r.piece, err = data.AppendSlice(r.piece[:0], at, n); err != nil {
+			return err
+		}
+		if _, err := move(r.piece, off+int64(at)); err != nil {
+			return err
+		}
+		if at += n; at == size {
+			return nil
+		}
+		if d.stopping.Load() {
+			return errStopped
+		}
+	}
 }
 
 // identify writes the ID. Room for less than all of it is an error, room for more is left as it is.

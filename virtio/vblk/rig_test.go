@@ -23,12 +23,14 @@ type memory struct {
 	limits blk.Limits
 	fail   atomic.Bool
 
-	// hold, if set before the first request, is called within every read; it may block.
+	// hold, if set before the first request, is called within every read and write; it may block.
 	hold func(off int64)
 
 	mu      sync.Mutex
 	data    []byte
+	void    int64 // if set, the size of a disk of zeroes, which keeps nothing and has no data
 	flushes int
+	sizes   []int // of the reads and writes, in bytes
 
 	reads    atomic.Int64
 	underway atomic.Int64
@@ -48,15 +50,28 @@ func (m *memory) ReadVecAt(dst iov.Vec, off int64) (int, error) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.sizes = append(m.sizes, dst.Size())
+	if m.void > 0 {
+		return dst.Size(), dst.Fill(0, dst.Size(), 0)
+	}
 	return dst.CopyFrom(0, m.data[off:off+int64(dst.Size())])
 }
 
 func (m *memory) WriteVecAt(src iov.Vec, off int64) (int, error) {
+	m.underway.Add(1)
+	defer m.underway.Add(-1)
+	if m.hold != nil {
+		m.hold(off)
+	}
 	if m.fail.Load() {
 		return 0, errMedium
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.sizes = append(m.sizes, src.Size())
+	if m.void > 0 {
+		return src.Size(), nil
+	}
 	return src.CopyTo(m.data[off:off+int64(src.Size())], 0)
 }
 
@@ -76,13 +91,22 @@ func (m *memory) flushed() int {
 	return m.flushes
 }
 
+// taken returns the sizes of the reads and writes since it was last called.
+func (m *memory) taken() []int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	sizes := m.sizes
+	m.sizes = nil
+	return sizes
+}
+
 func (m *memory) snapshot() []byte {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return bytes.Clone(m.data)
 }
 
-func (m *memory) Size() int64        { return int64(len(m.data)) }
+func (m *memory) Size() int64        { return max(m.void, int64(len(m.data))) }
 func (m *memory) Limits() blk.Limits { return m.limits }
 func (m *memory) Close() error       { return nil }
 

@@ -66,6 +66,8 @@ type Device struct {
 
 	malformed, unsupported, lost atomic.Uint64
 
+	stopping atomic.Bool // Reset is waiting for the workers
+
 	mu      sync.Mutex // makes Activate and Reset exclude each other
 	servers []*server
 }
@@ -137,6 +139,7 @@ func (d *Device) Activate(f virtio.Features, queues []*queue.Queue, t virtio.Tra
 	}
 	// A driver that does not know flushes takes a completed write for a stable one (virtio 1.2, 5.2.6.2).
 	d.writethrough = !f.Has(FeatureFlush)
+	d.stopping.Store(false)
 	d.servers = make([]*server, 0, len(queues))
 	for i, q := range queues {
 		if q != nil {
@@ -146,11 +149,13 @@ func (d *Device) Activate(f virtio.Features, queues []*queue.Queue, t virtio.Tra
 	return nil
 }
 
-// Reset stops the workers after the requests they have in hand. When it returns, none of them runs and the device
-// touches no guest memory until the next Activate.
+// Reset stops the workers after the requests they have in hand; of a long one, after the 4 MiB that are under way: the
+// rest is not carried out, and its status is IOERR. When Reset returns, no worker runs and the device touches no guest
+// memory until the next Activate.
 func (d *Device) Reset() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.stopping.Store(true)
 	for _, s := range d.servers {
 		s.queue.Stop()
 	}
