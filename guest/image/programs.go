@@ -33,12 +33,19 @@ func DefaultPrograms() []Program {
 		{Name: "iperf3", Package: "iperf3"},
 		{Name: "mke2fs", Package: "e2fsprogs", Links: []string{"mkfs.ext2", "mkfs.ext3", "mkfs.ext4"}},
 		{Name: "e2fsck", Package: "e2fsprogs", Links: []string{"fsck.ext4"}},
+		{Name: "mawk", Package: "mawk", Links: []string{"awk"}},
 	}
 	for _, p := range []struct{ pkg, names string }{
-		{"coreutils", "[ cp cut dd env head ln ls mv nproc od readlink sha256sum sort stat stty tail test timeout"},
+		{"coreutils", "[ base64 cat chmod chown cp cut date dd df du env expr head id install ln ls md5sum mktemp mv nproc od"},
+		{"coreutils", "printf readlink realpath rm seq sha1sum sha256sum shuf sleep sort split stat stty sync tail tee test"},
+		{"coreutils", "timeout touch tr truncate uname uniq wc whoami"},
+		{"findutils", "find xargs"},
 		{"grep", "grep"},
+		{"less", "less"},
 		{"mount", "mount umount"},
+		{"ncurses-bin", "clear"},
 		{"sed", "sed"},
+		{"tar", "tar"},
 		{"util-linux", "blockdev lsblk taskset"},
 	} {
 		for _, name := range strings.Fields(p.names) {

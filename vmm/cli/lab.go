@@ -45,8 +45,8 @@ there fails or ends it by SIGPIPE, as on the host.
 The first lab is booted, which takes some seconds, and kept; later ones start from there. The lab
 keeps accidents away from this host's files, not attackers.
 
-With --tty, Ctrl-A x stops the lab at any time, with everything in it; Ctrl-A a is a Ctrl-A for the
-command.`,
+With --tty, Ctrl-A x stops the lab, with everything in it, once the command is up (before, Ctrl-C
+does); Ctrl-A Ctrl-A sends one Ctrl-A.`,
 		Example: `  kvmlet lab -- ls -l /dev/kvm
   kvmlet lab --share . -- ./kvmlet run --accel kvm -- uname -a
   go test -exec 'kvmlet lab --share . --' ./vmm`,
@@ -54,6 +54,8 @@ command.`,
 			switch {
 			case len(args) == 0:
 				return errors.New("no command given: it stands behind --, as in `kvmlet lab -- ls -l /dev/kvm`")
+			case args[0] == "":
+				return errors.New("the command's name is empty")
 			case lab.Inside():
 				return errNested
 			case o.cpus < 1 || o.cpus > lab.MaxCPUs:
@@ -81,9 +83,9 @@ command.`,
 // errNested refuses what would take minutes to boot, to no use.
 var errNested = errors.New("this is a lab already, in which KVM is as on hardware: run the command as it is")
 
-// runInLab carries out `kvmlet run` by running it in the lab, where KVM is as on hardware. What can be checked here is, so
-// that mistakes do not cost a boot.
-func (p *plan) runInLab(ctx context.Context, s streams) (err error) {
+// runInLab carries out `kvmlet run` by running it in the lab, where KVM is as on hardware, and tells why, unless it was
+// asked for. What can be checked here is, so that mistakes do not cost a boot.
+func (p *plan) runInLab(ctx context.Context, s streams, why string) (err error) {
 	inputs, err := p.labInputs()
 	if err != nil {
 		return err
@@ -112,6 +114,9 @@ func (p *plan) runInLab(ctx context.Context, s streams) (err error) {
 	args, shares, err := p.labCommand(exe)
 	if err != nil {
 		return err
+	}
+	if why != "" {
+		fprintf(s.err, "kvmlet: %s, so the VM runs in the lab, which is slower (see kvmlet probe)\n", why)
 	}
 	cfg := lab.Config{
 		Args: args, Shares: shares, Inputs: inputs, Memory: labMemory(p.cfg.Memory), CPUs: lab.DefaultCPUs,

@@ -122,6 +122,9 @@ func parseDisk(s string) (vmm.Disk, error) {
 				return d, fmt.Errorf("format=%s: have raw", p.value)
 			}
 		default:
+			if len(list) == 1 && p.value == "" {
+				return d, fmt.Errorf("%q: want path=%s", s, s)
+			}
 			return d, fmt.Errorf("unknown property %q (have path, readonly, format, id)", p.name)
 		}
 	}

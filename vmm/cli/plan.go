@@ -60,6 +60,9 @@ func newPlan(o *runOptions) (_ *plan, err error) {
 	if o.timeout < 0 {
 		return nil, fmt.Errorf("--timeout %v: want a positive duration", o.timeout)
 	}
+	if o.memory < 1<<20 {
+		return nil, fmt.Errorf("--memory %d: these are bytes; with a unit it is %dM, say", o.memory, o.memory)
+	}
 	if err := p.cfg.Check(); err != nil {
 		return nil, err
 	}

@@ -103,6 +103,23 @@ only slower.`,
 	})
 	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages", fmt.Sprintf(".FlagUsagesWrapped %d", helpWidth)))
 	root.AddCommand(newRun(s), newProbe(s), newLab(s))
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		switch c.Name() {
+		case "help": // an unknown topic is an error
+			c.Args = func(_ *cobra.Command, args []string) error {
+				if found, _, err := root.Find(args); err != nil || found == root && len(args) > 0 {
+					return fmt.Errorf("no help about %q (see kvmlet --help)", strings.Join(args, " "))
+				}
+				return nil
+			}
+		case "completion": // what it prints goes into a file
+			c.RunE = func(_ *cobra.Command, args []string) error {
+				return errors.New("completion: want a shell: bash, zsh, fish or powershell")
+			}
+		}
+	}
 	return root
 }
 

@@ -54,7 +54,8 @@ Network cards are eth0, eth1 and so on; a NET is
   id=NAME          a name for it
 In the lab a tap is one of the lab's, so that the VM reaches the lab and nothing beyond.
 
-On a terminal, Ctrl-A x ends the VM and Ctrl-A Ctrl-A sends one Ctrl-A. When nobody reads kvmlet's
+On a terminal, Ctrl-A x ends the VM, once the command is up (before, Ctrl-C does), and Ctrl-A Ctrl-A
+sends one Ctrl-A. When nobody reads kvmlet's
 output any more, as behind "| head", COMMAND's next write there fails or ends it by SIGPIPE (status
 141), as on the host; on a terminal (-t) it is hung up. Then the VM is powered off.
 
@@ -92,6 +93,9 @@ func newRun(s streams) *cobra.Command {
 					return fmt.Errorf("--%s: it is empty", name)
 				}
 			}
+			if len(args) > 0 && args[0] == "" {
+				return errors.New("the command's name is empty")
+			}
 			o.command = args
 			outliveReaders()
 			return runVM(cmd.Context(), s, &o)
@@ -117,7 +121,7 @@ func (o *runOptions) addFlags(cmd *cobra.Command) {
 	f.StringVar(&o.cpu, "cpu", string(vcpu.Host), "CPU `TEMPLATE`: host or baseline (x86-64-v2)")
 	f.StringArrayVar(&o.disks, "disk", nil, "add a `DISK`, such as path=test.img,readonly; may be repeated")
 	f.StringArrayVar(&o.nets, "net", nil, "add a network card on a `NET`, such as tap=vm0; may be repeated")
-	f.DurationVar(&o.timeout, "timeout", 0, "end the VM after this `TIME`, such as 90s or 5m, with status 124")
+	f.DurationVar(&o.timeout, "timeout", 0, "end the VM this `TIME` after kvmlet's start, such as 90s or 5m, with status 124")
 	f.StringVar(&o.name, "name", "kvmlet", "the guest's host `NAME`")
 	f.StringVar(&o.accel, "accel", accelAuto, "`WHERE` to run: kvm, lab, or auto, which is kvm where that is hardware")
 	f.StringVar(&o.console, "console", "", "write the guest's serial console to `FILE`, or with - to standard error")
@@ -141,10 +145,7 @@ func runVM(ctx context.Context, s streams, o *runOptions) error {
 		defer cancel()
 	}
 	if accel == accelLab {
-		if why != "" {
-			fprintf(s.err, "kvmlet: %s, so the VM runs in the lab, which is slower (see kvmlet probe)\n", why)
-		}
-		return plan.runInLab(ctx, s)
+		return plan.runInLab(ctx, s, why)
 	}
 	return plan.boot(ctx, s)
 }
