@@ -263,3 +263,50 @@ func TestTreeConflicts(t *testing.T) {
 		t.Error("a device was taken as a file")
 	}
 }
+
+func TestUnpackedSize(t *testing.T) {
+	t.Parallel()
+	archive := func(sizes map[string]int) []byte {
+		tr := newTree()
+		for name, size := range sizes {
+			if err := tr.addData(name, make([]byte, size), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := tr.addLink("usr/bin/link", "target"); err != nil {
+			t.Fatal(err)
+		}
+		var b bytes.Buffer
+		if err := tr.writeArchive(&b); err != nil {
+			t.Fatal(err)
+		}
+		return b.Bytes()
+	}
+	a := archive(map[string]int{"init": 3 * 4096, "empty": 0, "one": 1})
+	b := archive(map[string]int{"init": 4097})
+	broken := bytes.Clone(a)
+	copy(broken[cpioHeaderSize-8*2:], "x") // the length of a name
+	for name, c := range map[string]struct {
+		archives [][]byte
+		pages    uint64
+		ok       bool
+	}{
+		"nothing":      {nil, 0, true},
+		"one":          {[][]byte{a}, 4, true},
+		"last counts":  {[][]byte{a, b}, 3, true},
+		"other order":  {[][]byte{b, a}, 4, true},
+		"compressed":   {[][]byte{a, {0x1F, 0x8B, 8}}, 0, false},
+		"cut short":    {[][]byte{a[:len(a)-archiveAlign]}, 0, false},
+		"broken":       {[][]byte{broken}, 0, false},
+		"cut in names": {[][]byte{a[:cpioHeaderSize+1]}, 0, false},
+		"empty":        {[][]byte{{}}, 0, false},
+	} {
+		var list []io.ReaderAt
+		for _, b := range c.archives {
+			list = append(list, bytes.NewReader(b))
+		}
+		if n, ok := UnpackedSize(list...); n != c.pages*4096 || ok != c.ok {
+			t.Errorf("%s: %d bytes, %t; want %d pages, %t", name, n, ok, c.pages, c.ok)
+		}
+	}
+}

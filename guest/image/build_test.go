@@ -213,6 +213,14 @@ func TestInitramfsInputs(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+	// That the image is current cannot be noted, but nothing is missing.
+	if err := os.MkdirAll(filepath.Join(private.Dir(), kindInitramfs, filepath.Base(note)), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	o.Store = private
+	if path, err := Initramfs(t.Context(), o, nil); err != nil || filepath.Dir(path) != filepath.Join(private.Dir(), kindInitramfs) {
+		t.Errorf("an image that is there, without its note: %s, %v", path, err)
+	}
 	file := filepath.Join(t.TempDir(), "input")
 	if err := os.WriteFile(file, []byte("1"), 0o600); err != nil {
 		t.Fatal(err)

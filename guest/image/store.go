@@ -27,6 +27,9 @@ const (
 	graceTime  = time.Hour
 	keepNewest = 4
 	maxAge     = 30 * 24 * time.Hour
+
+	// cacheRemedy ends the errors about a cache that cannot be written.
+	cacheRemedy = "set XDG_CACHE_HOME to a folder that can be written"
 )
 
 // Store keeps files that are expensive to make, each under a kind and the Key of what it was made from.
@@ -49,7 +52,7 @@ func OpenStore(dir string) (*Store, error) {
 		dir = filepath.Join(cache, "kvmlet")
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, fmt.Errorf("make the cache folder: %w (set XDG_CACHE_HOME to a folder that can be written)", err)
+		return nil, fmt.Errorf("make the cache folder: %w (%s)", err, cacheRemedy)
 	}
 	return &Store{dir: dir}, nil
 }
@@ -76,7 +79,7 @@ func (s *Store) Build(ctx context.Context, kind string, key Key, build func(w io
 	}
 	dir := filepath.Join(s.dir, kind)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return "", fmt.Errorf("make the cache folder: %w", err)
+		return "", fmt.Errorf("make the cache folder: %w (%s)", err, cacheRemedy)
 	}
 	unlock, err := lock(ctx, filepath.Join(dir, lockName))
 	if err != nil {
@@ -87,11 +90,25 @@ func (s *Store) Build(ctx context.Context, kind string, key Key, build func(w io
 		return path, nil
 	}
 	path := s.path(kind, key)
+	prune(dir, path, time.Now())
 	if err := writeEntry(path, build); err != nil {
 		return "", err
 	}
-	prune(dir, path, time.Now())
 	return path, nil
+}
+
+// scratch makes a folder for a build of this kind, which the caller removes in the end. If it dies before, the kind's next
+// build does. The caller holds the kind's lock.
+func (s *Store) scratch(kind string) (string, error) {
+	parent, err := filepath.Abs(filepath.Join(s.dir, kind))
+	if err != nil {
+		return "", err
+	}
+	dir, err := os.MkdirTemp(parent, tempPrefix)
+	if err != nil {
+		return "", fmt.Errorf("write to the cache: %w", err)
+	}
+	return dir, nil
 }
 
 // Derived returns the path of a file that build makes from inputs named by key, such as an unpacked kernel. It is Build
@@ -248,7 +265,7 @@ func syncDir(dir string) error {
 func lock(ctx context.Context, path string) (func(), error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
-		return nil, fmt.Errorf("lock the cache: %w", err)
+		return nil, fmt.Errorf("lock the cache: %w (%s)", err, cacheRemedy)
 	}
 	unlock := func() { f.Close() }
 	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
@@ -279,7 +296,7 @@ func lock(ctx context.Context, path string) (func(), error) {
 		}
 		return unlock, nil
 	case <-ctx.Done():
-		return nil, fmt.Errorf("wait for another kvmlet that is filling the cache (%s): %w", path, ctx.Err())
+		return nil, fmt.Errorf("wait for another kvmlet that is filling the cache (%s): %w", path, context.Cause(ctx))
 	}
 }
 
@@ -291,8 +308,9 @@ func touch(path string) {
 	}
 }
 
-// prune removes entries that were not used for long and leftovers of builds that died. The caller holds the kind's lock,
-// so that every temporary file is a leftover, but for small ones of writeFile, which are left alone while young.
+// prune removes entries that were not used for long, but for keep, and leftovers of builds that died. The caller holds the
+// kind's lock and builds nothing yet, so that every temporary file or folder is a leftover, but for small files of
+// writeFile, which are left alone while young.
 func prune(dir, keep string, now time.Time) {
 	list, err := os.ReadDir(dir)
 	if err != nil {
@@ -310,6 +328,8 @@ func prune(dir, keep string, now time.Time) {
 			continue
 		}
 		switch {
+		case strings.HasPrefix(d.Name(), tempPrefix) && d.IsDir():
+			os.RemoveAll(path)
 		case strings.HasPrefix(d.Name(), tempPrefix):
 			if now.Sub(fi.ModTime()) > graceTime {
 				os.Remove(path)

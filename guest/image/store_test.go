@@ -26,6 +26,9 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(helperEnv); dir != "" {
 		os.Exit(builderProcess(dir))
 	}
+	if os.Getenv(runnerEnv) != "" {
+		os.Exit(runnerProcess())
+	}
 	os.Exit(m.Run())
 }
 
@@ -257,12 +260,13 @@ func TestStoreBuildFails(t *testing.T) {
 func TestStoreWaitEnds(t *testing.T) {
 	t.Parallel()
 	s := testStore(t)
-	ctx, cancel := context.WithCancel(t.Context())
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cause := errors.New("no time left")
 	_, err := s.Build(t.Context(), "test", KeyOf("a"), func(io.Writer) error {
-		cancel() // another builder gives up while this one holds the lock
+		cancel(cause) // another builder gives up while this one holds the lock
 		_, err := s.Build(ctx, "test", KeyOf("b"), func(io.Writer) error { return nil })
-		if !errors.Is(err, context.Canceled) {
-			t.Errorf("the waiting Build returned %v", err)
+		if !errors.Is(err, cause) {
+			t.Errorf("the waiting Build returned %v, want the cause of its context's end", err)
 		}
 		return nil
 	})
@@ -293,6 +297,13 @@ func TestStorePrune(t *testing.T) {
 	if err := errors.Join(os.WriteFile(old, nil, 0o600), os.Chtimes(old, now.Add(-2*graceTime), now.Add(-2*graceTime))); err != nil {
 		t.Fatal(err)
 	}
+	scratch, err := s.scratch("test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(scratch, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	prune(dir, paths[0], now)
 	for i, path := range paths {
 		_, err := os.Stat(path)
@@ -302,6 +313,9 @@ func TestStorePrune(t *testing.T) {
 	}
 	if _, err := os.Stat(old); err == nil {
 		t.Error("the leftover of a dead build was kept")
+	}
+	if _, err := os.Stat(scratch); err == nil {
+		t.Error("the folder of a dead build was kept")
 	}
 	prune(dir, paths[1], now) // everything young, whatever the number
 	if _, err := os.Stat(paths[0]); err != nil {
@@ -317,6 +331,33 @@ func TestOpenStoreErrors(t *testing.T) {
 	}
 	if _, err := OpenStore(filepath.Join(file, "below")); err == nil || !strings.Contains(err.Error(), "XDG_CACHE_HOME") {
 		t.Errorf("a store below a file: %v; want the remedy named", err)
+	}
+}
+
+// A store that cannot be written serves what it has. What it would have to write fails with the remedy named.
+func TestStoreReadOnly(t *testing.T) {
+	t.Parallel()
+	build := func(io.Writer) error { return errors.New("built") }
+	for name, spoil := range map[string]func(s *Store) error{ // a mode would not stop root
+		"no folder": func(s *Store) error { return os.WriteFile(filepath.Join(s.Dir(), "test"), nil, 0o600) },
+		"no lock":   func(s *Store) error { return os.MkdirAll(filepath.Join(s.Dir(), "test", lockName), 0o700) },
+	} {
+		s := testStore(t)
+		if err := spoil(s); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Build(t.Context(), "test", KeyOf("a"), build); err == nil || !strings.Contains(err.Error(), cacheRemedy) {
+			t.Errorf("%s: %v; want the remedy named", name, err)
+		}
+	}
+	s := testStore(t)
+	path, _ := put(t, s, KeyOf("a"), "text")
+	lock := filepath.Join(filepath.Dir(path), lockName)
+	if err := errors.Join(os.Remove(lock), os.Mkdir(lock, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if _, built := put(t, s, KeyOf("a"), "text"); built {
+		t.Error("an entry that was there was built again")
 	}
 }
 

@@ -103,9 +103,13 @@ func (t *toolchain) run(ctx context.Context, dir string, env []string, line func
 	// With the flags of kvmlet's own build, the standard library is compiled only once for all.
 	cmd.Env = append(os.Environ(), "GOPROXY=off", "GOFLAGS=-trimpath", "GOWORK=off", "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
 	cmd.Env = append(cmd.Env, env...)
-	// The compilers that go starts are to end with it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	group, end, err := processGroup()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pgid: group}
+	cmd.Cancel = func() error { return syscall.Kill(-group, syscall.SIGKILL) }
 	var stdout bytes.Buffer
 	cmd.Stdout = &stdout
 	pr, pw := io.Pipe()
@@ -130,11 +134,11 @@ func (t *toolchain) run(ctx context.Context, dir string, env []string, line func
 		_, _ = io.Copy(io.Discard, pr)
 		said <- last
 	}()
-	err := cmd.Wait()
+	err = cmd.Wait()
 	pw.Close()
 	last := <-said
-	if ctx.Err() != nil {
-		return nil, fmt.Errorf("go %s: %w", args[0], ctx.Err())
+	if cause := context.Cause(ctx); cause != nil {
+		return nil, fmt.Errorf("go %s: %w", args[0], cause)
 	}
 	if err != nil {
 		// makebb speaks on standard output.
@@ -146,6 +150,29 @@ func (t *toolchain) run(ctx context.Context, dir string, env []string, line func
 		return nil, err
 	}
 	return stdout.Bytes(), nil
+}
+
+// groupLeader kills its process group, itself included, when its standard input ends.
+const groupLeader = "read line; kill -KILL 0"
+
+// processGroup starts a process group for commands that start others, as go starts compilers. All that is in it is killed
+// by end, or when this process dies in whichever way: a death signal would reach the first command only. Commands are to
+// be waited for before end is called, which waits for the group's leader.
+func processGroup() (id int, end func(), err error) {
+	leader := exec.Command("/bin/sh", "-c", groupLeader)
+	leader.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// This process alone holds the pipe's other end: commands do not inherit it.
+	hold, err := leader.StdinPipe()
+	if err != nil {
+		return 0, nil, err
+	}
+	if err := leader.Start(); err != nil {
+		return 0, nil, fmt.Errorf("start a process group: %w", err)
+	}
+	return leader.Process.Pid, func() {
+		hold.Close()
+		_ = leader.Wait() // it was killed
+	}, nil
 }
 
 // notDownloaded recognises what the go command says about a module that would have to be downloaded.
@@ -166,8 +193,8 @@ func tail(text string, n int) []string {
 // busybox returns the path of u-root's commands in one static executable. The sources are written by u-root's own
 // builder, gobusybox, and compiled here, because that way Go's build cache is used.
 func (s *Store) busybox(ctx context.Context, t *toolchain, key Key, report func(text string, done, total int)) (string, error) {
-	return s.Build(ctx, "busybox", key, func(w io.Writer) error {
-		dir, err := os.MkdirTemp("", "kvmlet-uroot-")
+	return s.Build(ctx, kindBusybox, key, func(w io.Writer) error {
+		dir, err := s.scratch(kindBusybox)
 		if err != nil {
 			return err
 		}

@@ -84,7 +84,7 @@ func newKeep(ctx context.Context, cfg *Config) (*keep, error) {
 	}
 	k.key = image.KeyOf(append(parts, k.hw.arguments("ram", 0, 0, 0)...)...)
 	if err := os.MkdirAll(k.dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make the cache folder: %w", err)
+		return nil, fmt.Errorf("make the cache folder: %w (set XDG_CACHE_HOME to a folder that can be written)", err)
 	}
 	return k, nil
 }

@@ -53,7 +53,7 @@ func TestParseDisk(t *testing.T) {
 	}
 	bad := map[string]string{
 		"":                        "empty",
-		"a.img":                   `unknown property "a.img"`,
+		"a.img":                   `want path=a.img`,
 		"path=":                   "names no file",
 		"path=a,path=b":           "twice",
 		"path=a,,":                "", // a file called "a,"
