@@ -59,7 +59,8 @@ func (c *Config) CheckBoot() (err error) {
 // Linux unpacks it into a tmpfs that may take half of the memory which is free early in its start (init_mount_tree and
 // shmem_default_max_blocks). The kernel is not free then, nor is the initrd itself, nor what describes the memory: 64
 // bytes for each page. The unpacked kernel's file stands for the kernel's memory: it is a little larger, by relocations,
-// as is what Linux takes for itself by then. With Linux 7.1 on one CPU the sum is 0.5 to 0.7 MiB short, hence early.
+// as is what Linux takes for itself by then. With Linux 7.1 on one CPU the sum is 0.5 to 0.7 MiB short, hence early; each
+// CPU takes 56 pages more.
 func (c *Config) checkRoom() error {
 	for word := range strings.FieldsSeq(c.Cmdline) {
 		if strings.HasPrefix(word, "root") || strings.HasPrefix(word, "initramfs") {
@@ -69,9 +70,9 @@ func (c *Config) checkRoom() error {
 	if len(c.Initrd) == 0 {
 		return nil
 	}
-	const early = 1 << 20
+	const early, perCPU = 1 << 20, 56 * memory.PageSize
 	var archives []io.ReaderAt
-	used := early + uint64(c.Kernel.UnpackedSize())
+	used := early + uint64(c.CPUs)*perCPU + uint64(c.Kernel.UnpackedSize())
 	for _, b := range c.Initrd {
 		f, ok := b.(*linux.StableFile)
 		if !ok {

@@ -79,6 +79,7 @@ func runSerial(t *testing.T, script []byte) {
 			}
 			s.put(reg, v)
 		}
+		synctest.Wait() // the host may type into the room that the guest has just made
 		st := s.State()
 		if id := s.peekIIR(); irq.level.Load() != (id&iirNone == 0) {
 			t.Fatalf("line is %v, IIR %#x, %+v", irq.level.Load(), id, st)
