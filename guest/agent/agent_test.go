@@ -188,3 +188,29 @@ func TestTerminal(t *testing.T) {
 		t.Errorf("status %+v, %v", status, err)
 	}
 }
+
+// TestNudge sends bytes that mean nothing before, between and inside a conversation.
+func TestNudge(t *testing.T) {
+	t.Parallel()
+	c := connect(t)
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				c.Nudge()
+			}
+		}
+	}()
+	in := bytes.Repeat([]byte("0123456789abcdef"), 1<<14)
+	var out bytes.Buffer
+	status, err := c.Run(testContext(t), Command{Args: []string{"cat"}, Stdin: bytes.NewReader(in), Stdout: &out})
+	close(stop)
+	<-done
+	if err != nil || status.Code != 0 || !bytes.Equal(out.Bytes(), in) {
+		t.Errorf("status %d, %v, %d of %d bytes", status.Code, err, out.Len(), len(in))
+	}
+}

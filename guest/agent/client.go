@@ -212,6 +212,9 @@ func (c *Client) Err() error {
 // Done is closed when the connection has ended.
 func (c *Client) Done() <-chan struct{} { return c.ended }
 
+// Nudge sends the guest a byte that means nothing, which interrupts it all the same, and does not wait for that.
+func (c *Client) Nudge() { c.w.pad() }
+
 // Close ends the connection; the guest kills the session's commands, and waiters get ErrClosed.
 func (c *Client) Close() error {
 	c.fail(ErrClosed)

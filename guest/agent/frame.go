@@ -269,6 +269,16 @@ func (w *writer) post(t frameType, c channel, stream uint32, values ...uint32) e
 	return nil
 }
 
+// pad posts a byte that means nothing, unless something is to be sent anyway.
+func (w *writer) pad() {
+	w.postMu.Lock()
+	defer w.postMu.Unlock()
+	if len(w.posted) == 0 {
+		w.posted = append(w.posted, byte(framePad))
+		go w.flush() // ends with the connection at the latest
+	}
+}
+
 // flush writes what was posted.
 func (w *writer) flush() {
 	w.mu.Lock()

@@ -146,7 +146,36 @@ func Run(ctx context.Context, cfg Config) (status agent.ExitStatus, err error) {
 	}
 	defer m.close()
 	defer context.AfterFunc(ctx, m.kill)()
+	defer m.wakeUp()()
 	return m.run(ctx, &cfg, started)
+}
+
+// wakeTime bounds for how long a lab sleeps through an interrupt.
+const wakeTime = 500 * time.Millisecond
+
+// wakeUp interrupts the lab now and then until stop. QEMU's CPU thread and the one with its timers both change the set of
+// the CPU's pending interrupts, the former without a lock while it emulates SVM, so that a timer's interrupt may get lost:
+// its APIC has it pending, the CPU does not (seen with QEMU 10.0, once in some hundred guests). The lab's kernel waits for
+// that one tick for ever, while a guest's CPU spins. With the next interrupt of any kind it gets both.
+func (m *machine) wakeUp() (stop func()) {
+	stopped, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(wakeTime)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				m.agent.Nudge()
+			case <-stopped:
+				return
+			}
+		}
+	}()
+	return func() {
+		close(stopped)
+		<-done
+	}
 }
 
 // complete checks the configuration and fills in what is left to defaults.

@@ -73,7 +73,7 @@ func runInLab() (code int, err error) {
 			Init:     Init,
 			Progress: func(line string) { fmt.Fprintln(os.Stderr, "lab:", line) },
 		}
-		status, err := lab.Run(context.Background(), cfg)
+		status, err := runOnce(cfg)
 		if attempt == attempts || !again(status, err, out.String(), words.String()) {
 			_, failed := out.WriteTo(os.Stdout)
 			return status.Code, errors.Join(err, failed)
@@ -85,10 +85,30 @@ func runInLab() (code int, err error) {
 	}
 }
 
+// runOnce runs a lab for as long as an attempt may take. The tests in there end before, unless all of it hangs.
+func runOnce(cfg lab.Config) (agent.ExitStatus, error) {
+	ctx := context.Background()
+	if limit := timeLimit(); limit > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, limit/attempts, errors.New("the lab does not end, though its tests' time is over"))
+		defer cancel()
+	}
+	return lab.Run(ctx, cfg)
+}
+
+// timeLimit is what "go test" was told, or 0 if there is none.
+func timeLimit() time.Duration {
+	limit, err := time.ParseDuration(value("test.timeout"))
+	if err != nil {
+		return 0
+	}
+	return max(limit, 0)
+}
+
 // arguments are this process's, with the time limit of all attempts shared out among them.
 func arguments() []string {
 	args := os.Args[1:]
-	if limit, err := time.ParseDuration(value("test.timeout")); err == nil && limit > 0 {
+	if limit := timeLimit(); limit > 0 {
 		args = append(slices.Clone(args), "-test.timeout="+share(limit).String())
 	}
 	return args
