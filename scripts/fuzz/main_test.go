@@ -36,3 +36,20 @@ func TestFind(t *testing.T) {
 		t.Errorf("%v, want %v", got, want)
 	}
 }
+
+func TestOutOfTime(t *testing.T) {
+	t.Parallel()
+	const over = `{"Action":"output","Output":"        context deadline exceeded\n"}` + "\n"
+	for name, c := range map[string]struct {
+		out  string
+		want bool
+	}{
+		"time is over":          {`{"Output":"    --- FAIL: FuzzX (3.08s)\n"}` + "\n" + over, true},
+		"a failing input":       {over + `{"Output":"    Failing input written to testdata/fuzz/FuzzX/1\n"}`, false},
+		"does not even compile": {`{"Output":"x.go:1:1: expected 'package'\n"}`, false},
+	} {
+		if got := outOfTime([]byte(c.out)); got != c.want {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+}
