@@ -109,7 +109,8 @@ func Inside() bool {
 }
 
 // Run runs a command in a lab and waits for it. The status is valid if the error is nil, an *agent.OutputError, with which
-// the command ended all the same, or an *agent.StartError, which has a shell's 126 or 127. When ctx ends, so does the lab, with everything in it.
+// the command ended all the same, or an *agent.StartError, which has a shell's 126 or 127. When ctx ends, so does the lab,
+// with everything in it.
 func Run(ctx context.Context, cfg Config) (status agent.ExitStatus, err error) {
 	if err := cfg.complete(); err != nil {
 		return status, fmt.Errorf("lab: %w", err)

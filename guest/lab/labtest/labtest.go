@@ -90,11 +90,14 @@ func runOnce(cfg lab.Config) (agent.ExitStatus, error) {
 	ctx := context.Background()
 	if limit := timeLimit(); limit > 0 {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, limit/attempts, errors.New("the lab does not end, though its tests' time is over"))
+		ctx, cancel = context.WithTimeoutCause(ctx, limit/attempts, errHung)
 		defer cancel()
 	}
 	return lab.Run(ctx, cfg)
 }
+
+// errHung says that a lab was stopped because nothing in it did so.
+var errHung = errors.New("the lab does not end, though the time of its tests is over")
 
 // timeLimit is what "go test" was told, or 0 if there is none.
 func timeLimit() time.Duration {
