@@ -2,7 +2,6 @@ package vblk
 
 import (
 	"bytes"
-	"runtime"
 	"slices"
 	"testing"
 
@@ -126,16 +125,7 @@ func TestResetStopsBetweenPieces(t *testing.T) {
 			for range workers {
 				<-entered
 			}
-			go func() {
-				// Stop is what Reset begins with; only then may pieces end.
-				for r.Queue.Wait() != queue.ErrStopped {
-					runtime.Gosched()
-				}
-				close(release)
-			}()
-			if err := r.dev.Reset(); err != nil {
-				t.Fatal(err)
-			}
+			r.resetHeld(release)
 			if calls := m.taken(); !slices.Equal(calls, []int{pieceSize, pieceSize, pieceSize, pieceSize}) {
 				t.Errorf("%d transfers: %v", len(calls), calls)
 			}

@@ -13,6 +13,7 @@ import (
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/iov"
 	"github.com/kvmlet/kvmlet/virtio"
+	"github.com/kvmlet/kvmlet/virtio/queue"
 	"github.com/kvmlet/kvmlet/virtio/queue/queuetest"
 )
 
@@ -148,6 +149,21 @@ func start(tb testing.TB, s setup) *rig {
 	dev, disk := newDevice(tb, s.memory, s.readOnly, s.Options)
 	tr := queuetest.Start(tb, dev, ^s.without, queuetest.Options{})
 	return &rig{TB: tb, Driver: tr.Drivers[0], transport: tr, dev: dev, disk: disk, memory: s.memory}
+}
+
+// resetHeld resets a device whose disk holds requests until release is closed. It closes that once the queue is stopped,
+// which is what Reset begins with, and not before.
+func (r *rig) resetHeld(release chan<- struct{}) {
+	r.Helper()
+	go func() {
+		for r.Queue.Wait() != queue.ErrStopped {
+			runtime.Gosched()
+		}
+		close(release)
+	}()
+	if err := r.dev.Reset(); err != nil {
+		r.Fatal(err)
+	}
 }
 
 // header builds the first 16 bytes of a request.

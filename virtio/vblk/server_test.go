@@ -83,16 +83,7 @@ func TestResetDrains(t *testing.T) {
 		for range workers {
 			<-entered
 		}
-		go func() {
-			// Stop is what Reset begins with; only then may requests end.
-			for r.Queue.Wait() != queue.ErrStopped {
-				runtime.Gosched()
-			}
-			close(release)
-		}()
-		if err := r.dev.Reset(); err != nil {
-			t.Fatal(err)
-		}
+		r.resetHeld(release)
 		if m.underway.Load() != 0 || m.reads.Load() != workers || r.UsedIdx() != workers {
 			t.Fatalf("after Reset: %d requests under way, %d started, %d returned",
 				m.underway.Load(), m.reads.Load(), r.UsedIdx())

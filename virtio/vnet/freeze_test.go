@@ -3,7 +3,6 @@ package vnet
 import (
 	"bytes"
 	"fmt"
-	"net/netip"
 	"runtime"
 	"sync"
 	"testing"
@@ -12,9 +11,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/kvmlet/kvmlet/iov"
-	"github.com/kvmlet/kvmlet/net"
 	"github.com/kvmlet/kvmlet/net/pipe"
-	"github.com/kvmlet/kvmlet/net/tap"
 	"github.com/kvmlet/kvmlet/net/tap/taptest"
 	"github.com/kvmlet/kvmlet/virtio"
 	"github.com/kvmlet/kvmlet/virtio/queue"
@@ -122,25 +119,7 @@ func bothFull(t *testing.T, c *card, depth int, rxFirst bool) {
 func TestTapFull(t *testing.T) {
 	t.Parallel()
 	taptest.Namespace(t)
-	host := netip.MustParsePrefix("10.9.0.1/24")
-	b, err := tap.Open("vm0", tap.Options{HostAddr: host})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &card{tb: t, dev: newDevice(t, b, Options{MTU: b.MTU()})}
-	link, err := netlink.LinkByName("vm0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := taptest.Echo{
-		GuestMAC: c.dev.MAC(), HostMAC: net.MAC(link.Attrs().HardwareAddr),
-		GuestIP: [4]byte{10, 9, 0, 2}, HostIP: host.Addr().As4(),
-	}
-	if err := netlink.NeighSet(&netlink.Neigh{
-		LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: e.GuestIP[:], HardwareAddr: e.GuestMAC[:],
-	}); err != nil {
-		t.Fatal(err)
-	}
+	c, e := tapCard(t)
 	dropped := func() uint64 {
 		l, err := netlink.LinkByName("vm0")
 		if err != nil {

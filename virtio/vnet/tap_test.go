@@ -15,25 +15,7 @@ import (
 func TestTap(t *testing.T) {
 	t.Parallel()
 	taptest.Namespace(t)
-	host := netip.MustParsePrefix("10.9.0.1/24")
-	b, err := tap.Open("vm0", tap.Options{HostAddr: host})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &card{tb: t, dev: newDevice(t, b, Options{MTU: b.MTU()})}
-	link, err := netlink.LinkByName("vm0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := taptest.Echo{
-		GuestMAC: c.dev.MAC(), HostMAC: net.MAC(link.Attrs().HardwareAddr),
-		GuestIP: [4]byte{10, 9, 0, 2}, HostIP: host.Addr().As4(),
-	}
-	if err := netlink.NeighSet(&netlink.Neigh{
-		LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: e.GuestIP[:], HardwareAddr: e.GuestMAC[:],
-	}); err != nil {
-		t.Fatal(err)
-	}
+	c, e := tapCard(t)
 	seq := uint16(0)
 	for _, want := range ringModes {
 		c.start(want)
@@ -54,4 +36,29 @@ func TestTap(t *testing.T) {
 	if s := c.dev.Stats(); s.TxFrames != 600 || s.RxFrames < 600 || s.TxRefused != 0 {
 		t.Errorf("%+v", s)
 	}
+}
+
+// tapCard returns a card on the tap vm0 of this namespace, and what its driver needs to talk to the host behind it.
+func tapCard(t *testing.T) (*card, taptest.Echo) {
+	t.Helper()
+	host := netip.MustParsePrefix("10.9.0.1/24")
+	b, err := tap.Open("vm0", tap.Options{HostAddr: host})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &card{tb: t, dev: newDevice(t, b, Options{MTU: b.MTU()})}
+	link, err := netlink.LinkByName("vm0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := taptest.Echo{
+		GuestMAC: c.dev.MAC(), HostMAC: net.MAC(link.Attrs().HardwareAddr),
+		GuestIP: [4]byte{10, 9, 0, 2}, HostIP: host.Addr().As4(),
+	}
+	if err := netlink.NeighSet(&netlink.Neigh{
+		LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: e.GuestIP[:], HardwareAddr: e.GuestMAC[:],
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return c, e
 }

@@ -2,9 +2,7 @@ package cli
 
 import (
 	"bytes"
-	"fmt"
 	"io"
-	"os"
 	"strings"
 	"testing"
 
@@ -12,65 +10,33 @@ import (
 
 	"github.com/kvmlet/kvmlet/guest/image"
 	"github.com/kvmlet/kvmlet/guest/lab"
+	"github.com/kvmlet/kvmlet/vmm/cli/ptytest"
 )
-
-// openTerminal returns both sides of a terminal.
-func openTerminal(t *testing.T) (master, slave *os.File) {
-	t.Helper()
-	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = master.Close() })
-	fd := int(master.Fd())
-	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
-		t.Fatal(err)
-	}
-	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-	if err != nil {
-		t.Fatal(err)
-	}
-	slave, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = slave.Close() })
-	return master, slave
-}
-
-func attributes(t *testing.T, f *os.File) unix.Termios {
-	t.Helper()
-	a, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return *a
-}
 
 // TestLateTerminal follows a terminal to raw mode and back.
 func TestLateTerminal(t *testing.T) {
 	t.Parallel()
-	_, tty := openTerminal(t)
-	before := attributes(t, tty)
+	_, tty := ptytest.Open(t)
+	before := ptytest.Attributes(t, tty)
 	l := &lateTerminal{f: tty}
 	l.set()
-	if a := attributes(t, tty); a.Lflag&(unix.ICANON|unix.ECHO|unix.ISIG) != 0 {
+	if a := ptytest.Attributes(t, tty); a.Lflag&(unix.ICANON|unix.ECHO|unix.ISIG) != 0 {
 		t.Error("the terminal is not raw")
 	}
 	l.set() // must not take raw for what was before
 	l.restore()
-	if attributes(t, tty) != before {
+	if ptytest.Attributes(t, tty) != before {
 		t.Error("the terminal is not as before")
 	}
 	l.set()
-	if attributes(t, tty) != before {
+	if ptytest.Attributes(t, tty) != before {
 		t.Error("the terminal was changed after its command's end")
 	}
 }
 
 func TestTerminalSize(t *testing.T) {
 	t.Parallel()
-	master, tty := openTerminal(t)
+	master, tty := ptytest.Open(t)
 	if got := terminalSize(tty); got != (lab.Size{Rows: 24, Columns: 80}) {
 		t.Errorf("a terminal without a size has %+v", got)
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/kvmlet/kvmlet/guest/guesttest"
 	"github.com/kvmlet/kvmlet/guest/lab"
 	"github.com/kvmlet/kvmlet/guest/lab/labtest"
+	"github.com/kvmlet/kvmlet/vmm/cli/ptytest"
 )
 
 // binary is the environment variable with kvmlet's path, once it is built: in a lab that would take too long.
@@ -150,41 +151,13 @@ func TestReaderGone(t *testing.T) {
 	}
 }
 
-// openTerminal returns both sides of a terminal of 40 rows and 100 columns.
-func openTerminal(t *testing.T) (master, slave *os.File) {
-	t.Helper()
-	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = master.Close() })
-	fd := int(master.Fd())
-	number, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-	err = errors.Join(err, unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0),
-		unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: 40, Col: 100}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if slave, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", number), os.O_RDWR|unix.O_NOCTTY, 0); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = slave.Close() })
-	return master, slave
-}
-
-func attributes(t *testing.T, f *os.File) unix.Termios {
-	t.Helper()
-	a, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return *a
-}
-
 // TestTerminal gives a guest's command a terminal, and leaves it by Ctrl-A x.
 func TestTerminal(t *testing.T) {
-	master, slave := openTerminal(t)
-	before := attributes(t, slave)
+	master, slave := ptytest.Open(t)
+	if err := unix.IoctlSetWinsize(int(master.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 40, Col: 100}); err != nil {
+		t.Fatal(err)
+	}
+	before := ptytest.Attributes(t, slave)
 	cmd := kvmlet(t.Context(), "-t", "--", "sh", "-c", "stty size; tty; exec cat")
 	var stderr bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, &stderr
@@ -215,7 +188,7 @@ func TestTerminal(t *testing.T) {
 		if !strings.Contains(s, "40 100\r\n") {
 			t.Errorf("the terminal shows %q", s)
 		}
-		if a := attributes(t, slave); a.Lflag&(unix.ICANON|unix.ECHO|unix.ISIG) != 0 {
+		if a := ptytest.Attributes(t, slave); a.Lflag&(unix.ICANON|unix.ECHO|unix.ISIG) != 0 {
 			t.Error("the terminal is not raw")
 		}
 		if _, err := master.WriteString("some\x01x"); err != nil {
@@ -224,7 +197,7 @@ func TestTerminal(t *testing.T) {
 	case <-ended:
 	}
 	<-ended
-	if attributes(t, slave) != before {
+	if ptytest.Attributes(t, slave) != before {
 		t.Error("the terminal is not as before")
 	}
 	if s := stderr.String(); !strings.Contains(s, "kvmlet: the VM was stopped\n") {
