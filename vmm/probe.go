@@ -59,8 +59,8 @@ var capabilities = []struct {
 	{"KVM_CAP_DIRTY_LOG_RING", kvm.CapDirtyLogRing},
 }
 
-// Inspect finds out, by trying, what this host can do for VMs. It changes nothing and takes about 20 ms, or
-// 150 where KVM is software.
+// Inspect finds out, by trying, what this host can do for VMs. It changes nothing and takes about 20 ms, or 150
+// where KVM is software.
 func Inspect() *Probe {
 	p := &Probe{KVM: NoKVM, CPUs: runtime.NumCPU()}
 	var u unix.Utsname

@@ -7,8 +7,7 @@ import (
 
 // CheckHardware says why this host's KVM cannot run a stock Linux kernel, or nil if it can, as it does on a CPU's
 // virtualization and in a lab. It is the one definition of that: what runs where KVM is hardware and in the lab elsewhere
-// asks here. It tries, which takes about 20 ms, and 150
-// where KVM is software.
+// asks here. It tries, which takes about 20 ms, and 150 where KVM is software.
 func CheckHardware() error {
 	sys, err := Open()
 	if err != nil {
