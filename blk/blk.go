@@ -1,22 +1,48 @@
 // Package blk is the block layer: everything between a disk device that a guest sees and the driver that holds the
 // bytes.
 //
-// A driver implements Backend and nothing more than its own storage needs. Device stands in front of it and gives every
-// user the same contract, whatever the driver: requests are checked against the size and the mode of the disk, bytes
-// that the storage lacks read as zeroes, Close waits for what is under way, and every request is counted.
+// Programs that want a disk open one with blk/disk.Open, which puts driver, format and Device together, and read and
+// write it with Device's methods. Buffers are iov.Vecs: iov.Of(p) is one of a slice p.
 //
-//	guest -> vblk -> Device (checks, counts) -> Backend (raw, ...)
+// A driver implements Backend, and says what else it can do by implementing more of the interfaces in driver.go. Device
+// stands in front of it and gives every user the same contract, whatever the driver: any offset and length, vectors of
+// any shape, requests in any number.
 //
-// Buffers are iov.Vecs over the guest's own pages all the way down; nothing on this path copies or allocates.
+//	guest -> vblk -> Device -> Backend (raw, nbd, mem)
+//	guest -> vblk -> Device -> Backend (qcow2) -> Device -> Backend (raw)
+//	                                          \-> Device (backing file) -> ...
+//
+// A format such as qcow2 is a Backend over further Devices, so that its own metadata is padded, throttled and counted
+// by the same code.
+//
+// A request passes these stages, in this order, and each has a file of its own:
+//
+//	gate.go      wait while the disk is drained; count what is under way
+//	request.go   check mode, medium and range
+//	throttle.go  wait for the rate limit
+//	track.go     wait for earlier requests that overlap, where one of both needs the range for itself
+//	notify.go    tell those who want to see the old bytes first
+//	zero.go      find zeroes in what is written
+//	pad.go       widen to the backend's alignment; bounce memory that it can't use; collapse what is too long; call it
+//	bitmap.go    mark what was written
+//	stats.go     count and time it
+//
+// Readers who know QEMU's block/io.c find its functions here under other names. bdrv_preadv, bdrv_pwritev and their
+// kin are Do with a Request or the methods that wrap it; the aio variants are Submit, with Done for the callback, and the
+// end of a context for bdrv_aio_cancel. There are no variants by sectors, and none that emulate one driver interface by
+// another: a goroutine may block. bdrv_aio_multiwrite and bdrv_io_plug are Submit and Plug; bdrv_drain, bdrv_drain_all
+// and the sections are Drain, DrainAll and Undrain, and bdrv_requests_pending has no other user than these.
+// bdrv_round_to_clusters is part of copying on read (cor.go). Memory comes from a pool inside (qemu_blockalign), since no
+// caller needs aligned memory of its own. bdrv_ioctl has no counterpart: SCSI commands are not passed through.
+//
+// Buffers are iov.Vecs over the guest's own pages all the way down; a request that the backend can serve as it stands is
+// neither copied nor does it allocate.
 package blk
 
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
-
-	"github.com/kvmlet/kvmlet/iov"
 )
 
 // SectorSize is the unit in which disks are sized and, on virtio, addressed, in bytes (virtio 1.2, 5.2.4). It does not
@@ -33,64 +59,13 @@ var (
 	// ErrClosed refuses a request to a Device after Close; it also matches os.ErrClosed.
 	ErrClosed = fmt.Errorf("blk: disk is closed: %w", os.ErrClosed)
 
-	// ErrLimits refuses a Backend whose Limits are malformed or ask for more than Device does.
+	// ErrLimits refuses a Backend whose Limits are malformed.
 	ErrLimits = errors.New("blk: limits not supported")
+
+	// ErrNoMedium refuses a request to a drive without a medium.
+	ErrNoMedium = errors.New("blk: no medium")
+
+	// ErrUnsupported is what a Backend answers to an operation that it can't do, or not on this range. Device then does
+	// it another way where there is one. It matches errors.ErrUnsupported.
+	ErrUnsupported = fmt.Errorf("blk: operation not supported: %w", errors.ErrUnsupported)
 )
-
-// Backend stores the bytes of one disk. Device is its only caller in a running VM: it sends no request that lies
-// outside [0, Size) or that breaks Limits, none after Close, and Close only when no request is under way. All other
-// methods are called from any number of goroutines at once and may block for as long as the storage takes.
-type Backend interface {
-	// ReadVecAt fills dst from byte offset off. Fewer bytes than dst holds, with a nil error, mean that the storage
-	// ends there; Device gives the rest as zeroes. With an error the contents of dst are undefined.
-	iov.ReaderAt
-
-	// WriteVecAt writes all of src at byte offset off. Fewer bytes come with an error; then any part of the range may
-	// hold old or new bytes. The bytes may stay in a volatile cache until Flush.
-	iov.WriterAt
-
-	// Flush returns when every write that completed before the call is on stable storage.
-	Flush() error
-
-	// Size returns the size of the disk in bytes, a multiple of SectorSize.
-	Size() int64
-
-	// Limits returns what the driver asks of requests. The answer does not change while the Backend is open.
-	Limits() Limits
-
-	// Close releases the storage. Unflushed writes are not lost, but not made stable either.
-	io.Closer
-}
-
-// Limits says what a Backend asks of the requests that it is sent, and what it knows about its medium. The zero value
-// asks for nothing and knows nothing.
-type Limits struct {
-	RequestAlign int   // offset and length of every transfer are multiples of it; a power of two in bytes, 0 means 1
-	MemoryAlign  int   // address and length of every vector element are multiples of it; likewise
-	MaxTransfer  int64 // most bytes in one transfer; 0 means any number
-	MaxVec       int   // most elements in one vector; 0 means any number
-
-	PhysicalBlock   int // bytes that the medium writes at once, a power of two; 0 means unknown. A hint for guests.
-	OptimalTransfer int // bytes of the transfers that the medium likes best; 0 means unknown. A hint for guests.
-}
-
-// check reports the first field that Device cannot serve. Device passes requests on as they come, so it takes drivers
-// that accept any alignment, length and number of elements.
-func (l Limits) check() error {
-	pow2 := func(n int) bool { return n >= 0 && n&(n-1) == 0 }
-	switch {
-	case l.RequestAlign > 1, l.RequestAlign < 0:
-		return fmt.Errorf("%w: request alignment %d (1 is)", ErrLimits, l.RequestAlign)
-	case l.MemoryAlign > 1, l.MemoryAlign < 0:
-		return fmt.Errorf("%w: memory alignment %d (1 is)", ErrLimits, l.MemoryAlign)
-	case l.MaxTransfer != 0:
-		return fmt.Errorf("%w: largest transfer %d (0 for none is)", ErrLimits, l.MaxTransfer)
-	case l.MaxVec != 0:
-		return fmt.Errorf("%w: longest vector %d (0 for none is)", ErrLimits, l.MaxVec)
-	case !pow2(l.PhysicalBlock):
-		return fmt.Errorf("%w: physical block of %d bytes (powers of two are)", ErrLimits, l.PhysicalBlock)
-	case l.OptimalTransfer < 0:
-		return fmt.Errorf("%w: optimal transfer of %d bytes (0 for none is)", ErrLimits, l.OptimalTransfer)
-	}
-	return nil
-}

@@ -223,7 +223,7 @@ func TestBackendErrors(t *testing.T) {
 	d := newDevice(t, b, blk.Options{})
 
 	b.short = true
-	if n, err := d.WriteVecAt(iov.Of(pattern(1024)), 0); n != 512 || !errors.Is(err, io.ErrShortWrite) {
+	if n, err := d.WriteVecAt(iov.Of(pattern(1024)), 0); n != 0 || !errors.Is(err, io.ErrShortWrite) {
 		t.Errorf("short write: %d, %v", n, err)
 	}
 	b.err = errMedium
@@ -328,11 +328,16 @@ func TestNewRefuses(t *testing.T) {
 	}{
 		{name: "negative size", size: -512},
 		{name: "half a sector", size: 768},
-		{name: "request alignment", size: 512, limits: blk.Limits{RequestAlign: 512}, want: blk.ErrLimits},
+		{name: "request alignment", size: 512, limits: blk.Limits{RequestAlign: 500}, want: blk.ErrLimits},
 		{name: "negative alignment", size: 512, limits: blk.Limits{RequestAlign: -1}, want: blk.ErrLimits},
-		{name: "memory alignment", size: 512, limits: blk.Limits{MemoryAlign: 512}, want: blk.ErrLimits},
-		{name: "transfer", size: 512, limits: blk.Limits{MaxTransfer: 4096}, want: blk.ErrLimits},
-		{name: "vector", size: 512, limits: blk.Limits{MaxVec: 16}, want: blk.ErrLimits},
+		{name: "vast alignment", size: 512, limits: blk.Limits{RequestAlign: 128 << 10}, want: blk.ErrLimits},
+		{name: "memory alignment", size: 512, limits: blk.Limits{MemoryAlign: 3}, want: blk.ErrLimits},
+		{name: "transfer", size: 512, limits: blk.Limits{RequestAlign: 4096, MaxTransfer: 4097}, want: blk.ErrLimits},
+		{name: "vector", size: 512, limits: blk.Limits{MaxVec: -1}, want: blk.ErrLimits},
+		{name: "discard", size: 512, limits: blk.Limits{RequestAlign: 4096, DiscardAlign: 512}, want: blk.ErrLimits},
+		{name: "zeroes", size: 512, limits: blk.Limits{RequestAlign: 4096, MaxZero: 512}, want: blk.ErrLimits},
+		{name: "cluster", size: 512, limits: blk.Limits{Cluster: 1000}, want: blk.ErrLimits},
+		{name: "too large", size: math.MaxInt64 &^ 511},
 		{name: "physical block", size: 512, limits: blk.Limits{PhysicalBlock: 1000}, want: blk.ErrLimits},
 		{name: "optimal transfer", size: 512, limits: blk.Limits{OptimalTransfer: -1}, want: blk.ErrLimits},
 	} {
