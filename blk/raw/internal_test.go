@@ -16,7 +16,7 @@ func TestFlushStaysFailed(t *testing.T) {
 	t.Parallel()
 	calls := 0
 	results := []error{nil, unix.EINTR, nil, unix.EIO, nil}
-	f := &File{path: "/some/disk", fd: -1, fdsync: func(int) error { calls++; return results[calls-1] }}
+	f := &File{path: "/some/disk", fd: -1, sys: &system{fdsync: func(int) error { calls++; return results[calls-1] }}}
 	for range 2 { // the second is interrupted once
 		if err := f.Flush(); err != nil {
 			t.Fatal(err)
@@ -40,11 +40,11 @@ func TestOpenErrorNamesTheRemedy(t *testing.T) {
 		is       error
 		text     string
 	}{
-		{&fs.PathError{Op: "stat", Path: "/d", Err: unix.ENOENT}, false, fs.ErrNotExist, "truncate -s 64M /d"},
+		{&fs.PathError{Op: "stat", Path: "/d", Err: unix.ENOENT}, false, fs.ErrNotExist, "no such file"},
 		{unix.EACCES, false, fs.ErrPermission, "read-only"},
 		{unix.EACCES, true, fs.ErrPermission, "right to read"},
 		{unix.EROFS, false, unix.EROFS, "read-only"},
-		{unix.EBUSY, false, ErrLocked, "unmount"},
+		{unix.EBUSY, false, ErrLocked, "mount"},
 		{unix.EIO, false, unix.EIO, "/d"},
 	} {
 		err := openError("/d", Options{ReadOnly: tc.readOnly}, tc.err)

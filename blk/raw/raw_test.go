@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -200,7 +202,7 @@ func TestOpenRefuses(t *testing.T) {
 		name, path, text string
 		want             error
 	}{
-		{"missing", filepath.Join(dir, "none"), "truncate -s", fs.ErrNotExist},
+		{"missing", filepath.Join(dir, "none"), "no such file", fs.ErrNotExist},
 		{"below a file", filepath.Join(empty, "x"), "not a directory", unix.ENOTDIR},
 		{"directory", dir, "a directory", nil},
 		{"pipe", fifo, "a pipe", nil},
@@ -267,23 +269,61 @@ func TestLock(t *testing.T) {
 	}
 }
 
-// QEMU marks the images it uses with shared locks on single bytes from 100 on; a writer of ours meets them.
-func TestLockMeetsByteLocks(t *testing.T) {
+// QEMU and we keep away from each other's disks, in both directions, and read a disk together.
+func TestLocksOfQEMU(t *testing.T) {
 	t.Parallel()
-	path := image(t, pattern(512))
-	other, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
+	for _, name := range []string{"qemu-io", "qemu-img"} {
+		if _, err := exec.LookPath(name); err != nil {
+			if os.Getenv("KVMLET_REQUIRE") == "all" {
+				t.Fatalf("%v (install it with scripts/setup)", err)
+			}
+			t.Skipf("%v (install it with scripts/setup)", err)
+		}
 	}
-	defer other.Close()
-	lk := unix.Flock_t{Type: unix.F_RDLCK, Whence: unix.SEEK_SET, Start: 100, Len: 1}
-	if err := unix.FcntlFlock(other.Fd(), unix.F_OFD_SETLK, &lk); err != nil {
-		t.Fatal(err)
+	for _, ours := range []bool{false, true} { // whether we are a reader
+		for _, theirs := range []bool{false, true} {
+			path := image(t, pattern(4096))
+			free := ours && theirs
+
+			// We come second.
+			args := []string{"-f", "raw", path}
+			if theirs {
+				args = append([]string{"-r"}, args...)
+			}
+			cmd := exec.Command("qemu-io", args...)
+			in, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(out, make([]byte, len("qemu-io> "))); err != nil { // it has the disk open
+				t.Fatal(err)
+			}
+			f, err := raw.Open(path, raw.Options{ReadOnly: ours})
+			if free != (err == nil) || !free && !errors.Is(err, raw.ErrLocked) {
+				t.Errorf("we read only %v, QEMU has it and reads only %v: %v", ours, theirs, err)
+			}
+			if err == nil {
+				_ = f.Close()
+			}
+			_ = in.Close()
+			_ = cmd.Wait()
+
+			// QEMU comes second.
+			open(t, path, raw.Options{ReadOnly: ours})
+			args = append(args, "-c", "read 0 512")
+			if said, err := exec.Command("qemu-io", args...).CombinedOutput(); free != (err == nil) ||
+				!free && !strings.Contains(string(said), "lock") {
+				t.Errorf("we have it and read only %v, QEMU reads only %v: %v\n%s", ours, theirs, err, said)
+			}
+		}
 	}
-	if _, err := raw.Open(path, raw.Options{}); !errors.Is(err, raw.ErrLocked) {
-		t.Errorf("writer: %v", err)
-	}
-	open(t, path, raw.Options{ReadOnly: true})
 }
 
 func TestBlockDevice(t *testing.T) {
