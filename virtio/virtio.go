@@ -95,6 +95,16 @@ type ConfigGenerator interface {
 	ConfigGeneration() uint8
 }
 
+// Negotiator is a Device whose device-specific configuration depends on the features that the driver accepted, which it
+// may read before DRIVER_OK.
+type Negotiator interface {
+	Device
+
+	// Negotiated is called when the driver has set FEATURES_OK, with what Activate will be called with. Reset undoes it.
+	// It does not block.
+	Negotiated(f Features)
+}
+
 // Transport is a device's way to its driver. All methods may be called from any goroutine between the start of
 // Activate and the return of Reset. They do not block on anything that waits for the device.
 type Transport interface {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"runtime"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -42,8 +43,13 @@ func TestFeatures(t *testing.T) {
 		{base | virtio.RingPacked, false},
 		{base | 1<<63, false},
 	} {
+		g.dev.told = nil
 		if ok := g.negotiate(tc.f); ok != tc.ok {
 			t.Errorf("features %#x accepted: %v", tc.f, ok)
+		}
+		g.setStatus(g.status()) // writes the same again
+		if ok := slices.Equal(g.dev.told, []virtio.Features{tc.f}); ok != tc.ok {
+			t.Errorf("features %#x: the device was told of %#x", tc.f, g.dev.told)
 		}
 		if tc.ok {
 			g.accept(0) // too late

@@ -171,7 +171,8 @@ type fakeDevice struct {
 	resetting, resume chan struct{} // if not nil: Reset closes the first and waits for the second
 
 	mu        sync.Mutex
-	changes   uint8 // of config, by the device
+	told      []virtio.Features // by Negotiated
+	changes   uint8             // of config, by the device
 	config    [24]byte
 	active    bool
 	accepted  virtio.Features
@@ -206,6 +207,12 @@ func (d *fakeDevice) ConfigGeneration() uint8 {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.changes
+}
+
+func (d *fakeDevice) Negotiated(f virtio.Features) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.told = append(d.told, f)
 }
 
 // change fills the configuration with v.

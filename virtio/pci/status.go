@@ -26,7 +26,7 @@ func (f *Function) writeStatus(s virtio.Status) {
 	}
 	f.status |= s & (virtio.StatusAcknowledge | virtio.StatusDriver | virtio.StatusFailed)
 	if s&virtio.StatusFeaturesOK != 0 && f.acceptable() {
-		f.status |= virtio.StatusFeaturesOK
+		f.negotiated()
 	}
 	if s&virtio.StatusDriverOK != 0 && f.status&virtio.StatusFeaturesOK != 0 {
 		f.status |= virtio.StatusDriverOK
@@ -40,6 +40,17 @@ func (f *Function) writeStatus(s virtio.Status) {
 // acceptable reports whether the device can work with the features that the driver accepted.
 func (f *Function) acceptable() bool {
 	return f.offered.Has(f.driver.features) && f.driver.features.Has(virtio.VersionOne)
+}
+
+// negotiated sets FEATURES_OK, which makes the features final.
+func (f *Function) negotiated() {
+	if f.status&virtio.StatusFeaturesOK != 0 {
+		return
+	}
+	f.status |= virtio.StatusFeaturesOK
+	if d, ok := f.dev.(virtio.Negotiator); ok {
+		d.Negotiated(f.driver.features)
+	}
 }
 
 // start activates the device if the driver wants that and lets it access memory. If its queues are not what they should

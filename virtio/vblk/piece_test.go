@@ -11,6 +11,10 @@ import (
 	"github.com/kvmlet/kvmlet/virtio/queue/queuetest"
 )
 
+// pieceSize is what a blk.Device sends to its backend at once, so that it can look whether a request has been given up: one
+// chain can ask for 4 GiB, since its descriptors may all name the same memory.
+const pieceSize = 4 << 20
+
 // A request is carried out in pieces of at most pieceSize, wherever its elements end; a small one is one piece.
 func TestPieces(t *testing.T) {
 	t.Parallel()
@@ -35,7 +39,7 @@ func TestPieces(t *testing.T) {
 		clear(m.data)
 		c.Readable = iov.Of(append([][]byte{header(typeOut, 1)}, cut(want, tc.cuts...)...)...)
 		c.Writable = iov.Of(status)
-		n := dev.serve(r)
+		n := serve(dev, r)
 		if calls := m.taken(); n != 1 || status[0] != statusOK || !slices.Equal(calls, tc.calls) {
 			t.Errorf("%s: write: length %d, status %d, %d calls %v", tc.name, n, status[0], len(calls), calls)
 		}
@@ -46,7 +50,7 @@ func TestPieces(t *testing.T) {
 		room, status := space(tc.size), space(1)
 		c.Readable = iov.Of(header(typeIn, 1))
 		c.Writable = iov.Of(append(cut(room, tc.cuts...), status)...)
-		n = dev.serve(r)
+		n = serve(dev, r)
 		if calls := m.taken(); int(n) != tc.size+1 || status[0] != statusOK || !slices.Equal(calls, tc.calls) {
 			t.Errorf("%s: read: length %d, status %d, %d calls %v", tc.name, n, status[0], len(calls), calls)
 		}
@@ -66,11 +70,11 @@ func TestPiecesBeyondDisk(t *testing.T) {
 	for i, sector := range []uint64{1, 2*pieceSize/512 - 1, 2 * pieceSize / 512, 1 << 40, 1<<64 - 1} {
 		status := space(1)
 		r.chain.Readable, r.chain.Writable = iov.Of(header(typeOut, sector), data), iov.Of(status)
-		if dev.serve(r); status[0] != statusIOErr {
+		if serve(dev, r); status[0] != statusIOErr {
 			t.Errorf("write at sector %d: status %d", sector, status[0])
 		}
 		r.chain.Readable, r.chain.Writable = iov.Of(header(typeIn, sector)), iov.Of(bytes.Clone(data), status)
-		if dev.serve(r); status[0] != statusIOErr {
+		if serve(dev, r); status[0] != statusIOErr {
 			t.Errorf("read at sector %d: status %d", sector, status[0])
 		}
 		if calls := m.taken(); len(calls) != 0 {
@@ -86,7 +90,7 @@ func TestPiecesBeyondDisk(t *testing.T) {
 // ends. It asks for 508 MiB by naming the same 4 MiB again and again.
 func TestResetStopsBetweenPieces(t *testing.T) {
 	t.Parallel()
-	const workers, elems = 4, 127
+	const requests, elems = 4, 127
 	for _, tc := range []struct {
 		name string
 		typ  uint32
@@ -98,16 +102,15 @@ func TestResetStopsBetweenPieces(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			m := &memory{void: elems * pieceSize}
-			entered, release := make(chan struct{}, 2*workers*elems), make(chan struct{})
+			entered, release := make(chan struct{}, 2*requests*elems), make(chan struct{})
 			m.hold = func(int64) {
 				entered <- struct{}{}
 				<-release
 			}
-			// A driver without flushes: one would wait for the storage again.
-			r := start(t, setup{memory: m, Options: Options{Workers: workers}, without: FeatureFlush})
+			r := start(t, setup{memory: m})
 			buf, h := r.Alloc(pieceSize, 4096), r.Alloc(16, 16)
 			copy(r.Bytes(h, 16), header(tc.typ, 0))
-			var status [workers][]byte
+			var status [requests][]byte
 			for i := range status {
 				table := []queuetest.Desc{{Addr: h, Len: 16, Flags: queuetest.FlagNext, Next: 1}}
 				for j := range uint16(elems) {
@@ -122,15 +125,15 @@ func TestResetStopsBetweenPieces(t *testing.T) {
 				r.MakeAvailable(uint16(i))
 			}
 			r.Kick()
-			for range workers {
+			for range requests {
 				<-entered
 			}
 			r.resetHeld(release)
 			if calls := m.taken(); !slices.Equal(calls, []int{pieceSize, pieceSize, pieceSize, pieceSize}) {
 				t.Errorf("%d transfers: %v", len(calls), calls)
 			}
-			if n := m.flushed(); n != 0 || r.UsedIdx() != workers {
-				t.Errorf("%d flushes, %d requests returned", n, r.UsedIdx())
+			if n := r.UsedIdx(); n != requests {
+				t.Errorf("%d requests returned", n)
 			}
 			for i := range status {
 				if _, written := r.UsedElem(uint16(i)); written != 1 || status[i][0] != statusIOErr {
@@ -166,9 +169,9 @@ func TestPiecesDoNotAllocate(t *testing.T) {
 				c.Writable = c.Writable.Append(data[:777]).Append(data[777:])
 			}
 			c.Writable = c.Writable.Append(status)
-			dev.serve(r)
+			serve(dev, r)
 		})
-		if n != 0 || status[0] != statusOK {
+		if n != 0 && !raceEnabled || status[0] != statusOK {
 			t.Errorf("write %v: %v allocations, status %d", write, n, status[0])
 		}
 	}

@@ -2,7 +2,6 @@ package vblk
 
 import (
 	"encoding/binary"
-	"errors"
 	"math"
 
 	"github.com/kvmlet/kvmlet/blk"
@@ -16,10 +15,12 @@ const headerSize = 16
 
 // Request types (virtio 1.2, 5.2.6).
 const (
-	typeIn    = 0 // read
-	typeOut   = 1 // write
-	typeFlush = 4
-	typeGetID = 8
+	typeIn          = 0 // read
+	typeOut         = 1 // write
+	typeFlush       = 4
+	typeGetID       = 8
+	typeDiscard     = 11
+	typeWriteZeroes = 13
 )
 
 // Status bytes (virtio 1.2, 5.2.6).
@@ -29,145 +30,135 @@ const (
 	statusUnsupp = 2
 )
 
-// pieceSize is the most that a request moves, in bytes, before it looks whether the device is being reset. One chain can
-// ask for 4 GiB, since its descriptors may all name the same memory, and for as long as that takes a guest would decide
-// how long a reset lasts. Linux's requests, of up to 4 MiB by default, are one piece.
-const pieceSize = 4 << 20
-
-// errStopped ends a request between two pieces.
-var errStopped = errors.New("vblk: the device is being reset")
-
-// request is one request and the room to parse it in. A worker has one and uses it again and again.
+// request is one request and the room to parse it in. A server uses it again and again.
 type request struct {
-	chain queue.Chain
-	out   iov.Vec // the chain's readable part, without what has been parsed
-	in    iov.Vec // its writable part, without the status byte
-	room  int     // bytes of its writable part
-	piece iov.Vec // the part of out or in that is under way, where that is not all of it
+	chain  queue.Chain
+	out    iov.Vec // the chain's readable part, without what has been parsed
+	in     iov.Vec // its writable part, without the status byte
+	room   int     // bytes of its writable part
+	answer []byte  // where the status goes; nil if nowhere
+
+	// What there is for the disk to do. One part of it is under way at a time: all the data, or a range.
+	part   blk.Request
+	size   int // of the data
+	ranges []byteRange
+	next   int // in ranges, after that of part
+
+	// What came of it.
+	status  byte
+	written uint32 // bytes for the used ring: data written into the chain, and the status
+
+	batch [1]*blk.Request // &part
 }
 
-// serve carries out the request in r.chain and returns the length for the used ring: the bytes of data written to the
-// chain and the status byte.
-func (d *Device) serve(r *request) uint32 {
+// begin parses the request in r.chain. It returns true if r.part is to be carried out by the disk, and false if the
+// request is over.
+func (d *Device) begin(r *request) bool {
 	r.out, r.in = r.chain.Readable, r.chain.Writable
 	r.room = r.in.Size()
-	status := lastByte(r.in)
-	if status == nil {
+	r.answer = lastByte(r.in)
+	r.ranges = r.ranges[:0]
+	if r.answer == nil {
 		d.malformed.Add(1)
-		return 0
+		r.written = 0
+		return false
 	}
 	r.in.DiscardBack(1)
-	n, s := d.execute(r)
-	status[0] = s
-	return uint32(n) + 1
-}
 
-// execute does what the header asks for. How header, data and status are cut into descriptors is the driver's business
-// (virtio 1.2, 2.7.4).
-func (d *Device) execute(r *request) (written int, status byte) {
+	// How header, data and status are cut into descriptors is the driver's business (virtio 1.2, 2.7.4).
 	var h [headerSize]byte
 	if n, _ := r.out.CopyTo(h[:], 0); n < headerSize {
-		d.malformed.Add(1)
-		return 0, statusIOErr
+		return d.refuse(r)
 	}
 	r.out.DiscardFront(headerSize)
 	sector := binary.LittleEndian.Uint64(h[8:])
 
-	switch binary.LittleEndian.Uint32(h[0:]) {
+	switch typ := binary.LittleEndian.Uint32(h[0:]); typ {
 	case typeIn:
-		return d.read(r, sector)
+		return d.transfer(r, blk.OpRead, sector, r.in, r.out)
 	case typeOut:
-		return 0, d.write(r, sector)
+		return d.transfer(r, blk.OpWrite, sector, r.out, r.in)
 	case typeFlush:
-		return 0, statusOf(d.disk.Flush())
+		r.part.Op, r.part.Flags = blk.OpFlush, 0
+		return true
 	case typeGetID:
-		return d.identify(r.in)
+		return d.identify(r)
+	case typeDiscard, typeWriteZeroes:
+		return d.parseRanges(r, typ)
 	default:
 		d.unsupported.Add(1)
-		return 0, statusUnsupp
+		return r.end(statusUnsupp, 0)
 	}
 }
 
-func (d *Device) read(r *request, sector uint64) (int, byte) {
-	off, ok := d.offset(sector, r.in, r.out)
-	if !ok {
-		return 0, statusIOErr
-	}
-	if err := d.transfer(r, d.disk.ReadVecAt, r.in, off); err != nil {
-		return 0, statusIOErr
-	}
-	return r.in.Size(), statusOK
+// end sets the outcome of a request: its status, and how many bytes of data were written into the chain. It returns false,
+// as the request is over.
+func (r *request) end(status byte, written int) bool {
+	r.status, r.written = status, uint32(written)+1
+	return false
 }
 
-func (d *Device) write(r *request, sector uint64) byte {
-	off, ok := d.offset(sector, r.out, r.in)
-	if !ok {
-		return statusIOErr
-	}
-	err := d.transfer(r, d.disk.WriteVecAt, r.out, off)
-	if err == nil && d.writethrough {
-		err = d.disk.Flush()
-	}
-	return statusOf(err)
+// refuse ends a request that the specification does not allow.
+func (d *Device) refuse(r *request) bool {
+	d.malformed.Add(1)
+	return r.end(statusIOErr, 0)
 }
 
-// transfer moves data by calls of move, which is a method of the disk, for one piece each. Once the device is being reset
-// it returns errStopped at the end of a piece; what has been moved until then stays.
-func (d *Device) transfer(r *request, move func(iov.Vec, int64) (int, error), data iov.Vec, off int64) error {
-	size := data.Size()
-	// A request that does not lie on the disk goes there as a whole, to be refused before any of it is carried out.
-	if size <= pieceSize || off > d.disk.Size()-int64(size) {
-		_, err := move(data, off)
-		return err
-	}
-	for at := 0; ; {
-		n := min(size-at, pieceSize)
-		var err error
-		if r.piece, err = data.AppendSlice(r.piece[:0], at, n); err != nil {
-			return err
-		}
-		if _, err := move(r.piece, off+int64(at)); err != nil {
-			return err
-		}
-		if at += n; at == size {
-			return nil
-		}
-		if d.stopping.Load() {
-			return errStopped
-		}
-	}
-}
-
-// identify writes the ID. Room for less than all of it is an error, room for more is left as it is.
-func (d *Device) identify(in iov.Vec) (int, byte) {
-	if in.Size() < idSize {
-		d.malformed.Add(1)
-		return 0, statusIOErr
-	}
-	n, err := in.CopyFrom(0, d.id[:])
-	return n, statusOf(err)
-}
-
-// offset checks the form of a transfer and returns where on the disk it begins, in bytes. rest is the part of the chain
-// in the other direction, which must be empty. Whether the range lies on the disk is for the disk to say.
-func (d *Device) offset(sector uint64, data, rest iov.Vec) (int64, bool) {
+// transfer prepares to move data. rest is the part of the chain in the other direction, which must be empty. Whether the
+// range lies on the disk is for the disk to say.
+func (d *Device) transfer(r *request, op blk.Op, sector uint64, data, rest iov.Vec) bool {
 	size := data.Size()
 	// The length in the used ring has 32 bits and counts the status byte too (virtio 1.2, 2.7.8).
 	if size%blk.SectorSize != 0 || size >= math.MaxUint32 || rest.Size() != 0 {
-		d.malformed.Add(1)
-		return 0, false
+		return d.refuse(r)
 	}
-	if sector > math.MaxInt64/blk.SectorSize {
-		sector = math.MaxInt64 / blk.SectorSize // beyond every disk as well, and counted there
+	r.size = size
+	r.part.Op, r.part.Flags, r.part.Vec, r.part.Off = op, 0, data, offset(sector)
+	if op == blk.OpWrite {
+		r.part.Flags = d.stable()
 	}
-	return int64(sector) * blk.SectorSize, true
+	return true
 }
 
-func statusOf(err error) byte {
-	if err != nil {
-		return statusIOErr
+// stable returns the flags of a write: without a cache, a completed one is a stable one (virtio 1.2, 5.2.6.2).
+func (d *Device) stable() blk.Flags {
+	if d.writeback.Load() {
+		return 0
 	}
-	return statusOK
+	return blk.FUA
+}
+
+// advance takes note that the disk is done with r.part. It returns true if r.part is the next to be carried out, and false
+// if the request is over.
+func (d *Device) advance(r *request, err error) bool {
+	switch {
+	case err != nil:
+		return r.end(statusIOErr, 0)
+	case r.next < len(r.ranges):
+		r.nextRange()
+		return true
+	case r.part.Op == blk.OpRead:
+		return r.end(statusOK, r.size)
+	}
+	return r.end(statusOK, 0)
+}
+
+// identify writes the ID. Room for less than all of it is an error, room for more is left as it is.
+func (d *Device) identify(r *request) bool {
+	if r.in.Size() < idSize {
+		return d.refuse(r)
+	}
+	n, err := r.in.CopyFrom(0, d.id[:])
+	if err != nil {
+		return r.end(statusIOErr, 0)
+	}
+	return r.end(statusOK, n)
+}
+
+// offset returns where a sector begins, in bytes.
+func offset(sector uint64) int64 {
+	// Beyond the largest there is one that lies beyond every disk as well.
+	return int64(min(sector, math.MaxInt64/blk.SectorSize)) * blk.SectorSize
 }
 
 // lastByte returns the last byte of v as a slice of length 1, or nil where v has none.

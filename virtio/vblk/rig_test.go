@@ -2,8 +2,10 @@ package vblk
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -13,7 +15,6 @@ import (
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/iov"
 	"github.com/kvmlet/kvmlet/virtio"
-	"github.com/kvmlet/kvmlet/virtio/queue"
 	"github.com/kvmlet/kvmlet/virtio/queue/queuetest"
 )
 
@@ -31,6 +32,7 @@ type memory struct {
 	data    []byte
 	void    int64 // if set, the size of a disk of zeroes, which keeps nothing and has no data
 	flushes int
+	changes []string
 	sizes   []int // of the reads and writes, in bytes
 
 	reads    atomic.Int64
@@ -76,6 +78,51 @@ func (m *memory) WriteVecAt(src iov.Vec, off int64) (int, error) {
 	return src.CopyTo(m.data[off:off+int64(src.Size())], 0)
 }
 
+// Discard and WriteZeroes remember what they are asked for. Discarded bytes are lost.
+func (m *memory) Discard(off, n int64) error { return m.change("discard", off, n, 0xdd) }
+
+func (m *memory) WriteZeroes(off, n int64, unmap bool) error {
+	if unmap {
+		return m.change("unmap", off, n, 0)
+	}
+	return m.change("zero", off, n, 0)
+}
+
+func (m *memory) change(what string, off, n int64, b byte) error {
+	m.underway.Add(1)
+	defer m.underway.Add(-1)
+	if m.hold != nil {
+		m.hold(off)
+	}
+	if m.fail.Load() {
+		return errMedium
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.changes = append(m.changes, fmt.Sprintf("%s %d+%d", what, off/512, n/512))
+	if m.void > 0 {
+		return nil
+	}
+	for i := range m.data[off : off+n] {
+		m.data[off+int64(i)] = b
+	}
+	return nil
+}
+
+// changed returns what was discarded and zeroed, in sectors.
+func (m *memory) changed() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.changes
+}
+
+func (m *memory) Truncate(size int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.data = append(m.data, make([]byte, max(0, size-int64(len(m.data))))...)[:size]
+	return nil
+}
+
 func (m *memory) Flush() error {
 	if m.fail.Load() {
 		return errMedium
@@ -107,9 +154,25 @@ func (m *memory) snapshot() []byte {
 	return bytes.Clone(m.data)
 }
 
-func (m *memory) Size() int64        { return max(m.void, int64(len(m.data))) }
+func (m *memory) Size() int64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return max(m.void, int64(len(m.data)))
+}
+
 func (m *memory) Limits() blk.Limits { return m.limits }
 func (m *memory) Close() error       { return nil }
+
+// serve carries out the request in r.chain and returns the length for the used ring.
+func serve(d *Device, r *request) uint32 {
+	for more := d.begin(r); more; {
+		more = d.advance(r, d.disk.Do(context.Background(), &r.part))
+	}
+	if r.answer != nil {
+		r.answer[0] = r.status
+	}
+	return r.written
+}
 
 // rig is a device with a driver on its first queue.
 type rig struct {
@@ -134,6 +197,11 @@ func newDevice(tb testing.TB, m *memory, readOnly bool, o Options) (*Device, *bl
 	if err != nil {
 		tb.Fatal(err)
 	}
+	tb.Cleanup(func() {
+		if err := disk.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
 	dev, err := New(disk, o)
 	if err != nil {
 		tb.Fatal(err)
@@ -151,14 +219,15 @@ func start(tb testing.TB, s setup) *rig {
 	return &rig{TB: tb, Driver: tr.Drivers[0], transport: tr, dev: dev, disk: disk, memory: s.memory}
 }
 
-// resetHeld resets a device whose disk holds requests until release is closed. It closes that once the queue is stopped,
-// which is what Reset begins with, and not before.
+// resetHeld resets a device whose disk holds requests until release is closed. It closes that once the reset has begun, and
+// not before.
 func (r *rig) resetHeld(release chan<- struct{}) {
 	r.Helper()
+	r.dev.mu.Lock()
+	begun := r.dev.active.ctx.Done()
+	r.dev.mu.Unlock()
 	go func() {
-		for r.Queue.Wait() != queue.ErrStopped {
-			runtime.Gosched()
-		}
+		<-begun
 		close(release)
 	}()
 	if err := r.dev.Reset(); err != nil {

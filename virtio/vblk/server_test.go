@@ -9,84 +9,205 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
+	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/virtio"
 	"github.com/kvmlet/kvmlet/virtio/queue"
 	"github.com/kvmlet/kvmlet/virtio/queue/queuetest"
 )
 
-// As many requests as there are workers are under way at once, and no more; they end in any order.
+// All requests that a queue holds are under way at once, and end in any order: one that takes long holds up no other, and
+// neither does the first, which a new device carries out on the spot.
 func TestRequestsOverlap(t *testing.T) {
 	t.Parallel()
-	const workers, requests = 4, 10
-	m := newMemory(requests)
-	var peak atomic.Int64
+	const requests = 16
+	m := newMemory(2 * requests)
 	release := make([]chan struct{}, requests)
 	entered := make(chan int, requests)
 	for i := range release {
 		release[i] = make(chan struct{})
 	}
 	m.hold = func(off int64) {
-		for n := m.underway.Load(); ; {
-			old := peak.Load()
-			if n <= old || peak.CompareAndSwap(old, n) {
-				break
-			}
-		}
-		entered <- int(off / 512)
-		<-release[off/512]
+		entered <- int(off / 1024)
+		<-release[off/1024]
 	}
-	r := start(t, setup{memory: m, Options: Options{Workers: workers}})
+	r := start(t, setup{memory: m, Options: Options{QueueSize: requests}})
 
 	heads := map[uint16]int{}
 	for i := range requests {
-		heads[r.Add([][]byte{header(0, uint64(i))}, [][]byte{space(512), space(1)})] = i
+		// None beside another, which would make them one.
+		heads[r.Add([][]byte{header(0, uint64(2*i))}, [][]byte{space(512), space(1)})] = i
 	}
 	r.Kick()
 	var underway []int
-	for range workers {
+	for range requests {
 		underway = append(underway, <-entered)
 	}
-	for done := range requests {
+	for i := range underway {
 		// The youngest ends first.
-		last := underway[len(underway)-1]
-		underway = underway[:len(underway)-1]
+		last := underway[len(underway)-1-i]
 		close(release[last])
 		if head, written := r.Wait(); heads[head] != last || written != 513 {
 			t.Fatalf("request %d came back with %d bytes, want %d", heads[head], written, last)
 		}
-		if done < requests-workers {
-			underway = append(underway, <-entered)
-		}
-	}
-	if peak.Load() != workers {
-		t.Errorf("%d requests under way at once, want %d", peak.Load(), workers)
 	}
 }
 
-// Reset returns when the requests under way have ended, and starts no other.
+// Requests that lie side by side and come together reach the disk as one.
+func TestMerge(t *testing.T) {
+	t.Parallel()
+	m := newMemory(1024)
+	copy(m.data, pattern(len(m.data), 9))
+	entered, release := make(chan struct{}, 100), make(chan struct{})
+	m.hold = func(int64) {
+		entered <- struct{}{}
+		<-release
+	}
+	r := start(t, setup{memory: m})
+	r.Add([][]byte{header(0, 1000)}, [][]byte{space(512), space(1)})
+	r.Kick()
+	<-entered // the disk is taken for a slow one once this has lasted
+	rooms := map[uint16][]byte{}
+	for i := range 32 {
+		room := space(1024)
+		rooms[r.Add([][]byte{header(0, uint64(2*i))}, [][]byte{room, space(1)})] = room
+	}
+	r.Kick()
+	<-entered
+	close(release)
+	for range 33 {
+		r.Wait()
+	}
+	got := make([]byte, 0, 32*1024)
+	for i := range 32 {
+		for head, room := range rooms {
+			if bytes.Equal(room, m.data[i*1024:][:1024]) {
+				got = append(got, room...)
+				delete(rooms, head)
+			}
+		}
+	}
+	if !bytes.Equal(got, m.data[:32*1024]) {
+		t.Error("the buffers hold something else")
+	}
+	if n := r.disk.Stats().Read.Merged; n == 0 {
+		t.Error("nothing was merged")
+	}
+}
+
+// Reset returns when the requests under way have ended.
 func TestResetDrains(t *testing.T) {
 	t.Parallel()
 	for range 20 {
-		const workers, requests = 4, 40
+		const requests = 40
 		m := newMemory(64)
 		entered, release := make(chan struct{}, requests), make(chan struct{})
 		m.hold = func(int64) {
 			entered <- struct{}{}
 			<-release
 		}
-		r := start(t, setup{memory: m, Options: Options{Workers: workers}})
+		r := start(t, setup{memory: m})
 		for range requests {
 			r.Add([][]byte{header(0, 0)}, [][]byte{space(512), space(1)})
 		}
 		r.Kick()
-		for range workers {
+		for range requests {
 			<-entered
 		}
 		r.resetHeld(release)
-		if m.underway.Load() != 0 || m.reads.Load() != workers || r.UsedIdx() != workers {
+		if m.underway.Load() != 0 || m.reads.Load() != requests || r.UsedIdx() != requests {
 			t.Fatalf("after Reset: %d requests under way, %d started, %d returned",
 				m.underway.Load(), m.reads.Load(), r.UsedIdx())
+		}
+	}
+}
+
+// Requests that wait within the block layer, be it for their rate or for the end of a drained section, don't hold Reset up:
+// they come back at once, and nothing of them reaches the disk. The device then works as before.
+func TestResetEndsWaiting(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name string
+		hold func(t *testing.T, d *blk.Device) (reads int64, release func())
+	}{
+		{"drained", func(t *testing.T, d *blk.Device) (int64, func()) {
+			if err := d.Drain(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			return 0, d.Undrain
+		}},
+		{"throttled", func(t *testing.T, d *blk.Device) (int64, func()) {
+			g, err := blk.NewThrottleGroup(blk.Throttle{IOPSTotal: blk.Rate{Avg: 1}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.SetThrottle(g)
+			return 1, func() { d.SetThrottle(nil) }
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			const requests = 20
+			r := start(t, setup{})
+			most, release := tc.hold(t, r.disk)
+			for i := range requests {
+				if i%2 == 0 {
+					r.Add([][]byte{header(typeIn, 0)}, [][]byte{space(512), space(1)})
+				} else {
+					r.Add([][]byte{header(typeOut, 1), pattern(512, 1)}, [][]byte{space(1)})
+				}
+			}
+			r.Kick()
+			for r.Queue.Counters().Pops < requests {
+				runtime.Gosched()
+			}
+			began := time.Now()
+			if err := r.dev.Reset(); err != nil {
+				t.Fatal(err)
+			}
+			if took := time.Since(began); took > 5*time.Second {
+				t.Errorf("Reset took %v", took)
+			}
+			if n := r.memory.reads.Load(); n > most || r.UsedIdx() != requests {
+				t.Errorf("%d reads, %d requests returned", n, r.UsedIdx())
+			}
+			release()
+			tr := queuetest.Start(t, r.dev, ^virtio.Features(0), queuetest.Options{})
+			r.Driver, r.transport = tr.Drivers[0], tr
+			r.alive()
+		})
+	}
+}
+
+// Whoever drains the disk finds the device at rest: nothing is under way, and what the driver adds waits.
+func TestDrainQuiesces(t *testing.T) {
+	t.Parallel()
+	r := start(t, setup{})
+	for i := range 20 {
+		for range 5 {
+			r.Add([][]byte{header(0, 0)}, [][]byte{space(512), space(1)})
+			r.Kick()
+		}
+		if err := r.disk.Drain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		used, reads := r.UsedIdx(), r.memory.reads.Load()
+		r.Add([][]byte{header(0, 0)}, [][]byte{space(512), space(1)})
+		r.Kick()
+		if n := r.memory.underway.Load(); n != 0 {
+			t.Fatalf("round %d: %d requests under way", i, n)
+		}
+		if n := r.memory.reads.Load(); n != reads {
+			t.Fatalf("round %d: %d reads in a drained section", i, n-reads)
+		}
+		// A request may have ended before the section and come back within it; none of the others does.
+		if n := r.UsedIdx() - used; n > 5 {
+			t.Fatalf("round %d: %d requests came back", i, n)
+		}
+		r.disk.Undrain()
+		for range 6 {
+			r.Wait()
 		}
 	}
 }
@@ -136,6 +257,54 @@ func TestResetLeavesNothing(t *testing.T) { // not parallel: it counts the gorou
 	}
 }
 
+// Resets come while requests are carried out on the spot, sent off, or pass the turn on because they take long. Nothing of
+// them is left behind, and nothing comes back after the reset.
+func TestResetOfSlowDisk(t *testing.T) { // not parallel: it counts goroutines
+	check := queuetest.Leaks(t)
+	t.Run("rounds", resetSlowDisk)
+	check()
+}
+
+func resetSlowDisk(t *testing.T) {
+	m := newMemory(64)
+	copy(m.data, pattern(len(m.data), 1))
+	var delay atomic.Int64
+	m.hold = func(off int64) {
+		if d := delay.Load(); d > 0 && off%3 == 0 {
+			<-time.After(time.Duration(d))
+		}
+	}
+	dev, _ := newDevice(t, m, false, Options{QueueSize: 64})
+	rng := rand.New(rand.NewPCG(1, 2))
+	mem := queuetest.New(t, 64, queuetest.Options{}).Mem
+	for range 60 {
+		tr := queuetest.Start(t, dev, ^virtio.Features(0), queuetest.Options{Memory: mem})
+		d := tr.Drivers[0]
+		for range rng.IntN(5) + 1 {
+			delay.Store(rng.Int64N(int64(3 * time.Millisecond)))
+			for range rng.IntN(8) {
+				d.Add([][]byte{header(0, uint64(rng.IntN(64)))}, [][]byte{space(512), space(1)})
+				d.Kick()
+			}
+			for range rng.IntN(d.InFlight() + 1) {
+				d.Wait()
+			}
+		}
+		if err := dev.Reset(); err != nil {
+			t.Fatal(err)
+		}
+		if n := m.underway.Load(); n != 0 {
+			t.Fatalf("%d requests under way after Reset", n)
+		}
+		// The driver does with its memory what it likes now.
+		clear(d.Bytes(0, 1<<20))
+		runtime.Gosched()
+		if bytes.Count(d.Bytes(0, 1<<20), []byte{0}) != 1<<20 {
+			t.Fatal("guest memory was written after Reset")
+		}
+	}
+}
+
 func workerCount(t *testing.T) int {
 	t.Helper()
 	buf := make([]byte, 1<<20)
@@ -143,7 +312,7 @@ func workerCount(t *testing.T) int {
 	if n == len(buf) {
 		t.Fatal("too many goroutines to look at")
 	}
-	return strings.Count(string(buf[:n]), "vblk.(*server).work(")
+	return strings.Count(string(buf[:n]), "vblk.(*server).")
 }
 
 // A queue that can't be followed stops, asks for a reset once, and returns what was under way.
@@ -223,7 +392,7 @@ func TestBrokenQueue(t *testing.T) {
 func TestManyRequests(t *testing.T) {
 	t.Parallel()
 	const slots, sectors, rounds = 32, 8, 60 // slots are parts of the disk, each used by one request at a time
-	dev, _ := newDevice(t, newMemory(2*slots*sectors), false, Options{NumQueues: 2, QueueSize: 64, Workers: 4})
+	dev, _ := newDevice(t, newMemory(2*slots*sectors), false, Options{NumQueues: 2, QueueSize: 64})
 	tr := queuetest.Start(t, dev, ^virtio.Features(0), queuetest.Options{Len: 8 << 20})
 	var drivers sync.WaitGroup
 	for i, d := range tr.Drivers {
@@ -303,15 +472,15 @@ func (s *signal) NotifyQueue(int) error { s.notified <- struct{}{}; return s.err
 func (s *signal) NotifyConfig() error   { return nil }
 func (s *signal) NeedsReset()           {}
 
-// startSignal starts a device with one read of 4 KiB prepared as descriptors 0 to 2, and without event-idx, so that
-// every request is notified.
-func startSignal(tb testing.TB, err error) (*Device, *queuetest.Driver, *signal) {
+// startSignal starts a device with one request of a type prepared, with room for 4 KiB, as descriptors 0 to 2, and without
+// event-idx, so that every request is notified.
+func startSignal(tb testing.TB, err error, typ uint32) (*Device, *queuetest.Driver, *signal) {
 	dev, _ := newDevice(tb, newMemory(64), false, Options{})
 	d := queuetest.New(tb, 256, queuetest.Options{})
 	tb.Cleanup(func() { _ = dev.Reset() })
 	s := &signal{make(chan struct{}, 1), err}
 	h := d.Alloc(16, 16)
-	copy(d.Bytes(h, 16), header(0, 8))
+	copy(d.Bytes(h, 16), header(typ, 8))
 	d.SetDesc(0, queuetest.Desc{Addr: h, Len: 16, Flags: queuetest.FlagNext, Next: 1})
 	const flags = queuetest.FlagNext | queuetest.FlagWrite
 	d.SetDesc(1, queuetest.Desc{Addr: d.Alloc(4096, 4096), Len: 4096, Flags: flags, Next: 2})
@@ -324,7 +493,7 @@ func startSignal(tb testing.TB, err error) (*Device, *queuetest.Driver, *signal)
 
 func TestLostNotification(t *testing.T) {
 	t.Parallel()
-	dev, d, s := startSignal(t, errors.New("no interrupt"))
+	dev, d, s := startSignal(t, errors.New("no interrupt"), typeIn)
 	for range 3 {
 		d.MakeAvailable(0)
 		d.Kick()
@@ -338,60 +507,20 @@ func TestLostNotification(t *testing.T) {
 	}
 }
 
-// From kick to interrupt, in steady state.
+// From kick to interrupt, in steady state: a request that is carried out on the spot, and one that is sent off.
 func TestRequestDoesNotAllocate(t *testing.T) {
-	dev, d, s := startSignal(t, nil)
-	request := func() {
-		d.MakeAvailable(0)
-		d.Kick()
-		<-s.notified
-	}
-	for range 2 * dev.workers { // every worker grows its lists once
-		request()
-	}
-	if n := testing.AllocsPerRun(1000, request); n != 0 {
-		t.Errorf("%v allocations per request", n)
-	}
-}
-
-func BenchmarkRead4K(b *testing.B) {
-	b.Run("depth=1", func(b *testing.B) {
-		_, d, s := startSignal(b, nil)
-		b.SetBytes(4096)
-		b.ReportAllocs()
-		for b.Loop() {
+	for _, typ := range []uint32{typeIn, typeFlush} {
+		_, d, s := startSignal(t, nil, typ)
+		request := func() {
 			d.MakeAvailable(0)
 			d.Kick()
 			<-s.notified
 		}
-	})
-	b.Run("depth=32", func(b *testing.B) {
-		r := start(b, setup{})
-		r.Reset()
-		h, status := r.Alloc(16, 16), r.Alloc(1, 1)
-		copy(r.Bytes(h, 16), header(0, 8))
-		for i := range uint16(32) {
-			room := r.Alloc(4096, 4096)
-			t := r.Table(
-				queuetest.Desc{Addr: h, Len: 16, Flags: queuetest.FlagNext, Next: 1},
-				queuetest.Desc{Addr: room, Len: 4096, Flags: queuetest.FlagNext | queuetest.FlagWrite, Next: 2},
-				queuetest.Desc{Addr: status, Len: 1, Flags: queuetest.FlagWrite},
-			)
-			r.SetDesc(i, t)
+		for range 1000 { // lists and pools grow once
+			request()
 		}
-		b.SetBytes(4096)
-		b.ReportAllocs()
-		added, taken := 0, 0
-		for taken < b.N {
-			for added < b.N && added-taken < 32 {
-				r.MakeAvailable(uint16(added % 32))
-				added++
-			}
-			r.Kick()
-			for r.UsedIdx() == uint16(taken) {
-				runtime.Gosched()
-			}
-			taken += int(r.UsedIdx() - uint16(taken))
+		if n := testing.AllocsPerRun(1000, request); n != 0 {
+			t.Errorf("type %d: %v allocations per request", typ, n)
 		}
-	})
+	}
 }

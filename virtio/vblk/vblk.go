@@ -1,14 +1,18 @@
-// Package vblk is the virtio block device (virtio 1.2, 5.2): it turns the requests of a guest driver into reads, writes
-// and flushes of a blk.Device.
+// Package vblk is the virtio block device (virtio 1.2, 5.2): it makes requests to a blk.Device of those of a guest driver.
 //
-// A request travels in this order: server.next takes a chain off the queue, Device.serve finds its status byte and has
-// execute parse and carry out what the header asks for, server.finish hands the chain back and notifies the driver.
+// A request travels in this order: server.pass takes a chain off the queue, Device.begin parses it, server.sendOff gives
+// the blk.Device what there is for the disk to do, server.partDone is told when that is done, server.finish hands the chain
+// back and server.notify notifies the driver. Where the disk is fast, server.carryOut does all of the latter at once.
+//
+// While the blk.Device is drained, requests of the driver wait there: the device is at rest. One that the disk was done with
+// just before may still be on its way back.
 //
 // What a driver gets for requests that the specification does not allow:
 //
-//   - no header, or a header cut short; data of a length that is not a multiple of 512 bytes; data in the wrong
-//     direction; a range beyond the disk; a write to a read-only disk: status IOERR, nothing is read or written.
-//   - an unknown type: status UNSUPP.
+//   - no header, or a header cut short; data of a length that is not a multiple of 512 bytes, or of 16 bytes for discards
+//     and zeroes; data in the wrong direction; a range beyond the disk; more sectors or ranges than the configuration
+//     allows; a change of a read-only disk: status IOERR, nothing is read or written.
+//   - an unknown type; an unknown flag of a range, or unmap for a discard: status UNSUPP, nothing is done.
 //   - no byte for the status: the chain comes back with length 0, since there is no other way to answer.
 //
 // None of these stops the queue. A chain that the queue itself cannot follow does: the device then sets
@@ -16,6 +20,7 @@
 package vblk
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -29,27 +34,29 @@ import (
 
 // Feature bits (virtio 1.2, 5.2.3).
 const (
-	FeatureSegMax    virtio.Features = 1 << 2  // config.SegMax is valid
-	FeatureReadOnly  virtio.Features = 1 << 5  // the disk refuses writes
-	FeatureBlockSize virtio.Features = 1 << 6  // config.BlockSize is valid
-	FeatureFlush     virtio.Features = 1 << 9  // writes are cached until a flush request
-	FeatureTopology  virtio.Features = 1 << 10 // the topology fields of config are valid
-	FeatureMQ        virtio.Features = 1 << 12 // config.NumQueues is valid
+	FeatureSizeMax     virtio.Features = 1 << 1  // config.SizeMax is valid
+	FeatureSegMax      virtio.Features = 1 << 2  // config.SegMax is valid
+	FeatureReadOnly    virtio.Features = 1 << 5  // the disk refuses writes
+	FeatureBlockSize   virtio.Features = 1 << 6  // config.BlockSize is valid
+	FeatureFlush       virtio.Features = 1 << 9  // writes may be cached until a flush request
+	FeatureTopology    virtio.Features = 1 << 10 // the topology fields of config are valid
+	FeatureConfigWCE   virtio.Features = 1 << 11 // config.Writeback is valid, and the driver may change it
+	FeatureMQ          virtio.Features = 1 << 12 // config.NumQueues is valid
+	FeatureDiscard     virtio.Features = 1 << 13 // the discard fields of config are valid
+	FeatureWriteZeroes virtio.Features = 1 << 14 // the fields of config about zeroes are valid
 )
 
 const (
 	defaultQueueSize = 256
-	defaultWorkers   = 16
 	maxQueues        = 1024 // more queues than any guest has CPUs are a mistake
-	maxWorkers       = 1024
 )
 
 // Options says how a disk is presented. The zero value gives one queue of 256 descriptors and no ID.
 type Options struct {
-	ID        string // serial number that the guest sees, up to 20 bytes of printable ASCII
-	QueueSize int    // descriptors per queue, a power of two from 4 to 32768; 0 means 256
-	NumQueues int    // request queues; 0 means 1
-	Workers   int    // requests of one queue that are under way at once; 0 means 16
+	ID           string // serial number that the guest sees, up to 20 bytes of printable ASCII
+	QueueSize    int    // descriptors per queue, a power of two from 4 to 32768; 0 means 256
+	NumQueues    int    // request queues; 0 means 1
+	LogicalBlock int    // unit that the guest should read and write in, a power of two from 512 to 4096; 0 means 512
 }
 
 // Device is a virtio block device. It implements virtio.Device. The disk stays its caller's: it must outlive the
@@ -59,26 +66,42 @@ type Device struct {
 	id       [idSize]byte
 	features virtio.Features
 	sizes    []uint16
-	workers  int
-	config   []byte
+	block    int
+	fixed    [configSize]byte // the configuration, without what changes
 
-	writethrough bool // set by Activate before any worker starts
+	writeback atomic.Bool // completed writes need a flush to be stable; written under mu
 
 	malformed, unsupported, lost atomic.Uint64
 
-	stopping atomic.Bool // Reset is waiting for the workers
+	lifecycle sync.Mutex // held by Activate and Reset from end to end
 
-	mu      sync.Mutex // makes Activate and Reset exclude each other
-	servers []*server
+	mu         sync.Mutex // guards what follows
+	active     *activation
+	negotiated virtio.Features // 0 before that
+	capacity   uint64          // in sectors
+	generation uint8           // of the configuration
 }
 
-var _ virtio.Device = (*Device)(nil)
+var (
+	_ virtio.ConfigGenerator = (*Device)(nil)
+	_ virtio.Negotiator      = (*Device)(nil)
+)
 
-// New returns a device that presents disk, read-only where disk is.
+// activation is one life of the device between DRIVER_OK and reset.
+type activation struct {
+	transport virtio.Transport
+	ctx       context.Context // ends, under Device.mu, when a reset begins
+	cancel    context.CancelFunc
+	servers   []*server
+	notifying sync.WaitGroup // notifications of changes of the configuration
+}
+
+// New returns a device that presents disk, read-only where disk is. For as long as disk lives, it tells the device when it
+// is resized.
 func New(disk *blk.Device, o Options) (*Device, error) {
 	o.QueueSize = orDefault(o.QueueSize, defaultQueueSize)
 	o.NumQueues = orDefault(o.NumQueues, 1)
-	o.Workers = orDefault(o.Workers, defaultWorkers)
+	o.LogicalBlock = orDefault(o.LogicalBlock, defaultBlock)
 	id, err := makeID(o.ID)
 	switch {
 	case err != nil:
@@ -87,23 +110,33 @@ func New(disk *blk.Device, o Options) (*Device, error) {
 		return nil, fmt.Errorf("vblk: queue size %d: want a power of two from 4 to %d", o.QueueSize, queue.MaxSize)
 	case o.NumQueues < 1 || o.NumQueues > maxQueues:
 		return nil, fmt.Errorf("vblk: %d queues: want 1 to %d", o.NumQueues, maxQueues)
-	case o.Workers < 1 || o.Workers > maxWorkers:
-		return nil, fmt.Errorf("vblk: %d workers: want 1 to %d", o.Workers, maxWorkers)
+	case o.LogicalBlock < blk.SectorSize || o.LogicalBlock > maxBlock || o.LogicalBlock&(o.LogicalBlock-1) != 0:
+		return nil, fmt.Errorf("vblk: logical blocks of %d bytes: want a power of two from %d to %d",
+			o.LogicalBlock, blk.SectorSize, maxBlock)
 	}
 
-	d := &Device{disk: disk, id: id, sizes: make([]uint16, o.NumQueues), workers: o.Workers}
+	d := &Device{disk: disk, id: id, sizes: make([]uint16, o.NumQueues), block: o.LogicalBlock}
 	for i := range d.sizes {
 		d.sizes[i] = uint16(o.QueueSize)
 	}
-	d.features = FeatureSegMax | FeatureBlockSize | FeatureFlush | FeatureTopology |
+	d.features = FeatureSizeMax | FeatureSegMax | FeatureBlockSize | FeatureFlush | FeatureConfigWCE | FeatureTopology |
 		virtio.RingIndirectDesc | virtio.RingEventIdx
 	if disk.ReadOnly() {
 		d.features |= FeatureReadOnly
+	} else {
+		d.features |= FeatureWriteZeroes
+	}
+	if discards(disk) {
+		d.features |= FeatureDiscard
 	}
 	if o.NumQueues > 1 {
 		d.features |= FeatureMQ
 	}
-	d.config = newConfig(disk, o).encode()
+	d.fixed = newConfig(disk, o).encode()
+	d.writeback.Store(true)
+	d.capacity = sectors(disk, d.block)
+	disk.OnResize(d.resized)
+	d.remeasure() // in case that it came between
 	return d, nil
 }
 
@@ -116,60 +149,79 @@ func (d *Device) Features() virtio.Features { return d.features }
 // QueueSizes returns the maximum size of each request queue.
 func (d *Device) QueueSizes() []uint16 { return slices.Clone(d.sizes) }
 
-// ReadConfig copies the configuration space (virtio 1.2, 5.2.4) from off on to p; beyond its end it reads as zeroes.
-func (d *Device) ReadConfig(p []byte, off int) {
-	clear(p)
-	if off >= 0 && off < len(d.config) {
-		copy(p, d.config[off:])
-	}
-}
-
-// WriteConfig ignores the write: no field is writable with the features offered.
-func (d *Device) WriteConfig([]byte, int) {}
-
-// Activate starts the workers of every queue that the driver enabled.
-func (d *Device) Activate(f virtio.Features, queues []*queue.Queue, t virtio.Transport) error {
+// Negotiated implements virtio.Negotiator. A driver that does not know flushes takes a completed write for a stable one
+// (virtio 1.2, 5.2.5.2 and 5.2.6.2); so the cache begins as writeback for one that does only.
+func (d *Device) Negotiated(f virtio.Features) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.servers != nil {
+	d.negotiate(f)
+}
+
+// negotiate is Negotiated, with mu held.
+func (d *Device) negotiate(f virtio.Features) {
+	d.negotiated = f
+	d.writeback.Store(f.Has(FeatureFlush))
+}
+
+// Activate starts serving every queue that the driver enabled.
+func (d *Device) Activate(f virtio.Features, queues []*queue.Queue, t virtio.Transport) error {
+	d.lifecycle.Lock()
+	defer d.lifecycle.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.active != nil {
 		return errors.New("vblk: activated twice without a reset")
 	}
 	if len(queues) != len(d.sizes) {
 		return fmt.Errorf("vblk: activated with %d queues instead of %d", len(queues), len(d.sizes))
 	}
-	// A driver that does not know flushes takes a completed write for a stable one (virtio 1.2, 5.2.6.2).
-	d.writethrough = !f.Has(FeatureFlush)
-	d.stopping.Store(false)
-	d.servers = make([]*server, 0, len(queues))
+	if d.negotiated != f {
+		d.negotiate(f)
+	}
+	a := &activation{transport: t}
+	a.ctx, a.cancel = context.WithCancel(context.Background())
+	d.active = a
 	for i, q := range queues {
 		if q != nil {
-			d.servers = append(d.servers, startServer(d, q, i, t))
+			a.servers = append(a.servers, startServer(a.ctx, d, q, i, t))
 		}
 	}
 	return nil
 }
 
-// Reset stops the workers after the requests they have in hand; of a long one, after the 4 MiB that are under way: the
-// rest is not carried out, and its status is IOERR. When Reset returns, no worker runs and the device touches no guest
-// memory until the next Activate.
+// Reset stops serving and waits for the requests under way. What of them the disk has begun it completes, at most 4 MiB or
+// one range of each; the rest is not carried out, and its status is IOERR. When Reset returns, nothing is under way and
+// the device touches no guest memory until the next Activate.
 func (d *Device) Reset() error {
+	d.lifecycle.Lock()
+	defer d.lifecycle.Unlock()
+	d.mu.Lock()
+	a := d.active
+	if a != nil {
+		a.cancel()
+	}
+	d.mu.Unlock()
+	if a != nil {
+		for _, s := range a.servers {
+			s.queue.Stop()
+		}
+		for _, s := range a.servers {
+			s.stop()
+		}
+		a.notifying.Wait()
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.stopping.Store(true)
-	for _, s := range d.servers {
-		s.queue.Stop()
-	}
-	for _, s := range d.servers {
-		s.workers.Wait()
-	}
-	d.servers = nil
+	d.active = nil
+	d.negotiated = 0
+	d.writeback.Store(true)
 	return nil
 }
 
 // Counters are numbers that blk.Device and queue.Queue do not have, since the device was made.
 type Counters struct {
-	Malformed         uint64 // requests without a header, a status byte, or data of the right length and direction
-	Unsupported       uint64 // requests of an unknown type
+	Malformed         uint64 // requests without a header or a status byte, with data of the wrong form, or with bad ranges
+	Unsupported       uint64 // requests of an unknown type, or with unknown flags
 	LostNotifications uint64 // notifications that the transport failed to deliver
 }
 

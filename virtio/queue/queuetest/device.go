@@ -53,6 +53,9 @@ func Start(tb testing.TB, dev virtio.Device, want virtio.Features, opts Options)
 			tb.Errorf("reset: %v", err)
 		}
 	})
+	if n, ok := dev.(virtio.Negotiator); ok {
+		n.Negotiated(t.Features)
+	}
 	if err := dev.Activate(t.Features, queues, t); err != nil {
 		tb.Fatalf("activate: %v", err)
 	}
