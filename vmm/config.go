@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -8,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/blk/disk"
 	"github.com/kvmlet/kvmlet/blk/raw"
 	"github.com/kvmlet/kvmlet/guest/linux"
 	"github.com/kvmlet/kvmlet/net"
@@ -47,11 +49,29 @@ type Config struct {
 // set to warm at run time, in /sys/kernel/reboot, cannot be told from one that panics.
 const BaseCmdline = "console=ttyS0 panic=-1 reboot=panic_warm"
 
-// Disk is a virtio-blk device over a raw image or a block device of the host.
+// Disk is a virtio-blk device over an image, a block device of the host or an NBD export. Only Path must be set; see
+// disk.Spec for what the zero values mean.
 type Disk struct {
 	ID       string // the serial number that the guest sees; empty: the position, such as disk0
-	Path     string
+	Path     string // a file, a block device, or an NBD URI
+	Format   disk.Format
 	ReadOnly bool
+
+	Cache        disk.Cache
+	AIO          raw.AIO
+	Backing      disk.Backing // which backing files may be opened
+	DetectZeroes blk.DetectZeroes
+	CopyOnRead   bool
+
+	// Throttle limits the disk; ThrottleGroup names a group that shares limits: those of the only one of its disks that
+	// says them.
+	Throttle      blk.Throttle
+	ThrottleGroup string
+
+	Queues int // request queues; 0 means one for each CPU, up to 16
+
+	// Device is a disk that is open already, instead of all that tells how to open it. The VM closes it.
+	Device *blk.Device
 }
 
 // Net is a virtio-net device.
@@ -71,6 +91,8 @@ var (
 	ErrDuplicate = errors.New("used twice")
 	ErrDevices   = errors.New("too many devices")
 	ErrDiskID    = errors.New("bad disk id")
+	ErrQueues    = errors.New("bad number of queues")
+	ErrThrottle  = errors.New("bad throttle group")
 	ErrNoKernel  = errors.New("no kernel to boot")
 )
 
@@ -80,6 +102,9 @@ const (
 
 	// maxDevices is how many slots are left beside those of the PCI host, the agent's console and the entropy source.
 	maxDevices = pci.Slots - 3
+
+	// maxQueues is more than what any guest has CPUs for.
+	maxQueues = 64
 
 	// maxDiskID is the size of the field in which a guest sees a disk's id (virtio 1.2, 5.2.6).
 	maxDiskID = 20
@@ -105,6 +130,9 @@ func (c *Config) Check() error {
 	if n := len(c.Disks) + len(c.Nets); n > maxDevices {
 		return fmt.Errorf("%w: %d disks and network cards: there is room for %d", ErrDevices, n, maxDevices)
 	}
+	if _, err := throttleGroups(c.Disks); err != nil {
+		return err
+	}
 	return c.checkIDs()
 }
 
@@ -128,7 +156,10 @@ func (c *Config) checkIDs() error {
 			return fmt.Errorf("disk id %s: %w", id, ErrDuplicate)
 		}
 		ids[d.id(i)] = true
-		if files[d.Path] {
+		if d.Queues < 0 || d.Queues > maxQueues {
+			return fmt.Errorf("%w: disk %s: %d: want 1 to %d", ErrQueues, d.id(i), d.Queues, maxQueues)
+		}
+		if d.Device == nil && files[d.Path] {
 			return fmt.Errorf("disk %s: %w", d.Path, ErrDuplicate)
 		}
 		files[d.Path] = true
@@ -190,15 +221,60 @@ func hostMemory() uint64 {
 	return si.Totalram * uint64(si.Unit)
 }
 
-// openDisk opens and locks a disk's file.
-func openDisk(d Disk) (*blk.Device, error) {
-	f, err := raw.Open(d.Path, raw.Options{ReadOnly: d.ReadOnly})
+// openDisks opens and locks the disks, and those of their backing files.
+func openDisks(disks []Disk) (opened []*blk.Device, err error) {
+	groups, err := throttleGroups(disks)
 	if err != nil {
 		return nil, err
 	}
-	dev, err := blk.New(f, blk.Options{ReadOnly: d.ReadOnly})
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
+	defer func() {
+		if err != nil {
+			for _, d := range opened {
+				err = errors.Join(err, d.Close())
+			}
+		}
+	}()
+	for _, d := range disks {
+		if d.Device != nil {
+			opened = append(opened, d.Device)
+			continue
+		}
+		s := disk.Spec{
+			Path: d.Path, Format: d.Format, ReadOnly: d.ReadOnly, Cache: d.Cache, AIO: d.AIO, Backing: d.Backing,
+			DetectZeroes: d.DetectZeroes, CopyOnRead: d.CopyOnRead, Throttle: d.Throttle,
+		}
+		if d.ThrottleGroup != "" {
+			s.Throttle, s.Group = blk.Throttle{}, groups[d.ThrottleGroup]
+		}
+		dev, err := disk.Open(context.Background(), s)
+		if err != nil {
+			return opened, err
+		}
+		opened = append(opened, dev)
 	}
-	return dev, nil
+	return opened, nil
+}
+
+// throttleGroups makes the groups that disks name.
+func throttleGroups(disks []Disk) (map[string]*blk.ThrottleGroup, error) {
+	groups := map[string]*blk.ThrottleGroup{}
+	for _, d := range disks {
+		if d.ThrottleGroup == "" || d.Throttle == (blk.Throttle{}) {
+			continue
+		}
+		if groups[d.ThrottleGroup] != nil {
+			return nil, fmt.Errorf("%w: group %s has limits from two disks", ErrThrottle, d.ThrottleGroup)
+		}
+		g, err := blk.NewThrottleGroup(d.Throttle)
+		if err != nil {
+			return nil, fmt.Errorf("throttle group %s: %w", d.ThrottleGroup, err)
+		}
+		groups[d.ThrottleGroup] = g
+	}
+	for _, d := range disks {
+		if d.ThrottleGroup != "" && groups[d.ThrottleGroup] == nil {
+			return nil, fmt.Errorf("%w: no disk of group %s says its limits", ErrThrottle, d.ThrottleGroup)
+		}
+	}
+	return groups, nil
 }

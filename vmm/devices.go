@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -40,12 +41,9 @@ func OpenResources(cfg *Config) (_ *Resources, err error) {
 			err = errors.Join(err, r.Close())
 		}
 	}()
-	for _, d := range cfg.Disks {
-		dev, err := openDisk(d)
-		if err != nil {
-			return nil, err
-		}
-		r.disks = append(r.disks, dev)
+	if r.disks, err = openDisks(cfg.Disks); err != nil {
+		r.disks = nil
+		return nil, err
 	}
 	for _, n := range cfg.Nets {
 		b, err := Backends().Open(n.Spec)
@@ -187,6 +185,10 @@ func rebootsWarm(cmdline string) bool {
 	return warm
 }
 
+// maxDiskQueues is the most queues that a disk has: one for each CPU, as long as there are not more CPUs than a host's disk
+// has use for.
+const maxDiskQueues = 16
+
 // addVirtio puts the virtio devices into PCI slots: the agent's console and the entropy source, then disks and cards in
 // the order of the configuration.
 func (vm *VM) addVirtio(cfg *Config) error {
@@ -204,7 +206,8 @@ func (vm *VM) addVirtio(cfg *Config) error {
 		return err
 	}
 	for i, disk := range vm.resources.disks {
-		d, err := vblk.New(disk, vblk.Options{ID: cfg.Disks[i].id(i)})
+		queues := cmp.Or(cfg.Disks[i].Queues, min(cfg.CPUs, maxDiskQueues))
+		d, err := vblk.New(disk, vblk.Options{ID: cfg.Disks[i].id(i), NumQueues: queues})
 		if err != nil {
 			return err
 		}

@@ -86,6 +86,10 @@ func TestBadInput(t *testing.T) {
 	if err := os.Symlink(disk, link); err != nil {
 		t.Fatal(err)
 	}
+	qcow2 := f.path("qcow2")
+	if err := os.WriteFile(qcow2, append([]byte("QFI\xfb"), make([]byte, 508)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	pipe := f.path("pipe")
 	if err := unix.Mkfifo(pipe, 0o600); err != nil {
 		t.Fatal(err)
@@ -130,14 +134,16 @@ func TestBadInput(t *testing.T) {
 		"too many CPUs":                   {[]string{"--cpus", "65"}, "want 1 to 64"},
 		"CPUs unreadable":                 {[]string{"--cpus", "two"}, `"two"`},
 		"CPU template unknown":            {[]string{"--cpu", "z80"}, "z80"},
-		"disk missing":                    {[]string{"--disk", "path=" + f.path("none")}, "truncate -s"},
+		"disk missing":                    {[]string{"--disk", "path=" + f.path("none")}, "disk create"},
+		"disk missing, read-only":         {[]string{"--disk", "path=" + f.path("none") + ",readonly"}, "no such file"},
 		"disk is a directory":             {[]string{"--disk", "path=" + f.dir}, "directory"},
 		"disk is a pipe":                  {[]string{"--disk", "path=" + pipe}, "pipe"},
 		"disk empty":                      {[]string{"--disk", "path=" + f.path("empty")}, "empty"},
 		"disk in use":                     {[]string{"--disk", "path=" + locked}, "in use"},
 		"disk in use, read-only":          {[]string{"--disk", "path=" + locked + ",readonly"}, "in use"},
 		"disk without a path":             {[]string{"--disk", "readonly"}, "path=FILE"},
-		"disk option unknown":             {[]string{"--disk", "path=" + disk + ",cache=none"}, `unknown property "cache"`},
+		"disk option unknown":             {[]string{"--disk", "path=" + disk + ",cash=none"}, `unknown property "cash"`},
+		"disk is an image":                {[]string{"--disk", "path=" + qcow2}, "say format=qcow2"},
 		"disk format unknown":             {[]string{"--disk", "path=" + disk + ",format=vmdk"}, "format=vmdk"},
 		"disk twice":                      {[]string{"--disk", "path=" + disk, "--disk", "path=" + disk}, "used twice"},
 		"disk twice, by a link":           {[]string{"--disk", "path=" + disk, "--disk", "path=" + link + ",id=b"}, "used twice"},

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/kvmlet/kvmlet/blk/disk"
 	"github.com/kvmlet/kvmlet/guest/agent"
 	"github.com/kvmlet/kvmlet/guest/image"
 	"github.com/kvmlet/kvmlet/guest/lab"
@@ -87,14 +88,21 @@ var errNested = errors.New("this is a lab already, in which KVM is as on hardwar
 // asked for. What can be checked here is, so that mistakes do not cost a boot.
 func (p *plan) runInLab(ctx context.Context, s streams, why string) (err error) {
 	inputs, err := p.labInputs()
+	if err == nil {
+		err = p.checkFormats()
+	}
 	if err != nil {
 		return err
 	}
-	// A lock taken in the lab does not reach the host's file system, so the disks are locked from here. A tap is the lab's.
+	// A lock taken in the lab does not reach the host's file system, so the disks are locked from here, byte for byte: two
+	// programs must not have an image open. A tap is the lab's.
 	disks := p.cfg
-	disks.Nets = nil
+	disks.Nets, disks.Disks = nil, nil
+	for _, d := range p.cfg.Disks {
+		disks.Disks = append(disks.Disks, vmm.Disk{Path: d.Path, ReadOnly: d.ReadOnly})
+	}
 	if p.cfg.Resources, err = vmm.OpenResources(&disks); err != nil {
-		return err
+		return p.missingDisk(err)
 	}
 	signals := takeSignals()
 	defer signals.release()
@@ -132,6 +140,9 @@ func (p *plan) runInLab(ctx context.Context, s streams, why string) (err error) 
 // labInputs are the files that the VM reads and does not write. It fails if the lab cannot have one of the VM's files.
 func (p *plan) labInputs() (inputs []string, err error) {
 	for _, d := range p.cfg.Disks {
+		if disk.IsURI(d.Path) {
+			return nil, fmt.Errorf("disk %s: the lab has no way to an NBD server (use a file, or a host with hardware KVM)", d.Path)
+		}
 		if err := lab.CheckFile(d.Path); errors.Is(err, lab.ErrNotInLab) { // all else is said better where it is opened
 			return nil, fmt.Errorf("disk %s: %w", d.Path, err)
 		}
@@ -159,7 +170,7 @@ func (p *plan) labCommand(exe string) (args, shares []string, err error) {
 		"--cpu", o.cpu, "--name", o.name, "--append", o.appendLine,
 	}
 	for _, d := range p.cfg.Disks {
-		args = append(args, "--disk", formatDisk(d))
+		args = append(args, "--disk", formatDisk(inLab(d)))
 		if !d.ReadOnly {
 			shares = append(shares, d.Path)
 		}
@@ -190,6 +201,17 @@ func (p *plan) labCommand(exe string) (args, shares []string, err error) {
 		args = append(args, "--tty")
 	}
 	return append(append(args, "--"), o.command...), shares, nil
+}
+
+// inLab is d as the lab has it: its file system knows no O_DIRECT, and is the host's page cache's in any case.
+func inLab(d vmm.Disk) vmm.Disk {
+	switch d.Cache {
+	case disk.CacheNone:
+		d.Cache = disk.CacheWriteback
+	case disk.CacheDirectSync:
+		d.Cache = disk.CacheWritethrough
+	}
+	return d
 }
 
 // labMemory is the memory of a lab for a VM of the given size: the usual, so that the kept lab serves, or what it takes.

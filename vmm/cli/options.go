@@ -1,14 +1,19 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/blk/disk"
+	"github.com/kvmlet/kvmlet/blk/raw"
 	"github.com/kvmlet/kvmlet/net"
 	"github.com/kvmlet/kvmlet/vmm"
 )
@@ -100,7 +105,115 @@ func parseSwitch(p property) (bool, error) {
 	}
 }
 
-// parseDisk reads path=F[,readonly][,format=raw][,id=NAME].
+// diskProperty reads and writes one property of a --disk option.
+type diskProperty struct {
+	name   string
+	set    func(d *vmm.Disk, p property) error
+	format func(d *vmm.Disk) string // "" leaves it out
+}
+
+// diskProperties are in the order in which help names them.
+var diskProperties = []diskProperty{
+	{
+		"path", func(d *vmm.Disk, p property) error { d.Path = p.value; return nil },
+		func(d *vmm.Disk) string { return d.Path },
+	},
+	{
+		"format", func(d *vmm.Disk, p property) (err error) { d.Format, err = disk.ParseFormat(p.value); return err },
+		func(d *vmm.Disk) string { return string(d.Format) },
+	},
+	switchProperty("readonly", func(d *vmm.Disk) *bool { return &d.ReadOnly }),
+	{
+		"cache", func(d *vmm.Disk, p property) (err error) { d.Cache, err = disk.ParseCache(p.value); return err },
+		func(d *vmm.Disk) string { return unlessZero(d.Cache) },
+	},
+	{
+		"aio", func(d *vmm.Disk, p property) (err error) { d.AIO, err = raw.ParseAIO(p.value); return err },
+		func(d *vmm.Disk) string { return unlessZero(d.AIO) },
+	},
+	{
+		"backing", func(d *vmm.Disk, p property) (err error) { d.Backing, err = disk.ParseBacking(p.value); return err },
+		func(d *vmm.Disk) string { return unlessZero(d.Backing) },
+	},
+	switchProperty("copy-on-read", func(d *vmm.Disk) *bool { return &d.CopyOnRead }),
+	{
+		"detect-zeroes",
+		func(d *vmm.Disk, p property) (err error) {
+			d.DetectZeroes, err = disk.ParseDetectZeroes(p.value)
+			return err
+		},
+		func(d *vmm.Disk) string {
+			if d.DetectZeroes == blk.DetectOff {
+				return ""
+			}
+			return disk.DetectNames()[d.DetectZeroes]
+		},
+	},
+	{
+		"throttle",
+		func(d *vmm.Disk, p property) (err error) {
+			d.Throttle, err = disk.ParseThrottle(p.value)
+			return err
+		},
+		func(d *vmm.Disk) string { return strings.ReplaceAll(unlessZero(d.Throttle), ",", ":") },
+	},
+	{
+		"throttle-group",
+		func(d *vmm.Disk, p property) error {
+			if p.value == "" {
+				return errors.New("throttle-group= names no group")
+			}
+			d.ThrottleGroup = p.value
+			return nil
+		},
+		func(d *vmm.Disk) string { return d.ThrottleGroup },
+	},
+	{
+		"queues",
+		func(d *vmm.Disk, p property) (err error) {
+			if d.Queues, err = strconv.Atoi(p.value); err != nil || d.Queues < 1 {
+				return fmt.Errorf("queues=%s: want a number from 1 up", p.value)
+			}
+			return nil
+		},
+		func(d *vmm.Disk) string {
+			if d.Queues == 0 {
+				return ""
+			}
+			return strconv.Itoa(d.Queues)
+		},
+	},
+	{
+		"id", func(d *vmm.Disk, p property) error { d.ID = p.value; return nil },
+		func(d *vmm.Disk) string { return d.ID },
+	},
+}
+
+func switchProperty(name string, field func(d *vmm.Disk) *bool) diskProperty {
+	return diskProperty{
+		name, func(d *vmm.Disk, p property) (err error) { *field(d), err = parseSwitch(p); return err },
+		func(d *vmm.Disk) string {
+			if *field(d) {
+				return "on"
+			}
+			return ""
+		},
+	}
+}
+
+// unlessZero returns how a value is written, or "" for the zero value.
+func unlessZero[T interface {
+	comparable
+	fmt.Stringer
+}](value T) string {
+	var zero T
+	if value == zero {
+		return ""
+	}
+	return value.String()
+}
+
+// parseDisk reads path=F and the other diskProperties.
 func parseDisk(s string) (vmm.Disk, error) {
 	var d vmm.Disk
 	list, err := properties(s)
@@ -108,30 +221,70 @@ func parseDisk(s string) (vmm.Disk, error) {
 		return d, err
 	}
 	for _, p := range list {
-		switch p.name {
-		case "path":
-			d.Path = p.value
-		case "id":
-			d.ID = p.value
-		case "readonly":
-			if d.ReadOnly, err = parseSwitch(p); err != nil {
-				return d, err
-			}
-		case "format":
-			if p.value != "raw" {
-				return d, fmt.Errorf("format=%s: have raw", p.value)
-			}
-		default:
+		i := slices.IndexFunc(diskProperties, func(known diskProperty) bool { return known.name == p.name })
+		if i < 0 {
 			if len(list) == 1 && p.value == "" {
 				return d, fmt.Errorf("%q: want path=%s", s, s)
 			}
-			return d, fmt.Errorf("unknown property %q (have path, readonly, format, id)", p.name)
+			if d.Throttle != (blk.Throttle{}) && new(blk.Throttle).SetParam(p.name, 0) == nil {
+				return d, fmt.Errorf("%s is a property of throttle=: join limits there with ':', not with ','", p.name)
+			}
+			return d, fmt.Errorf("unknown property %q (have %s)", p.name, diskPropertyNames())
+		}
+		if err := diskProperties[i].set(&d, p); err != nil {
+			return d, err
 		}
 	}
 	if d.Path == "" {
 		return d, fmt.Errorf("%q names no file: want path=FILE", s)
 	}
 	return d, nil
+}
+
+// absoluteDisk makes the paths of d mean the same in another working directory.
+func absoluteDisk(d *vmm.Disk) (err error) {
+	if !disk.IsURI(d.Path) {
+		if d.Path, err = absolute(d.Path); err != nil {
+			return err
+		}
+	}
+	switch d.Backing {
+	case disk.Backing{}, disk.BackingOn:
+		return nil
+	}
+	dir, err := absolute(d.Backing.String())
+	d.Backing = disk.BackingBelow(dir)
+	return err
+}
+
+// checkFormats refuses what looks like a mistake: an image that a guest would get as a raw disk, to write over its headers,
+// because nothing was said.
+func (p *plan) checkFormats() error {
+	for _, d := range p.cfg.Disks {
+		if d.Format == "" && beginsAsImage(d.Path) {
+			return fmt.Errorf("disk %s begins as a qcow2 image does: say format=qcow2, or format=raw if it is none", d.Path)
+		}
+	}
+	return nil
+}
+
+func diskPropertyNames() string {
+	names := make([]string, len(diskProperties))
+	for i, p := range diskProperties {
+		names[i] = p.name
+	}
+	return strings.Join(names, ", ")
+}
+
+// formatDisk is the inverse of parseDisk.
+func formatDisk(d vmm.Disk) string {
+	var parts []string
+	for _, p := range diskProperties {
+		if value := p.format(&d); value != "" {
+			parts = append(parts, p.name+"="+strings.ReplaceAll(value, ",", ",,"))
+		}
+	}
+	return strings.Join(parts, ",")
 }
 
 // card is a network card as the command line describes it.
@@ -217,16 +370,4 @@ func absolute(path string) (string, error) {
 		return r, nil
 	}
 	return p, nil
-}
-
-// formatDisk is the inverse of parseDisk.
-func formatDisk(d vmm.Disk) string {
-	s := "path=" + strings.ReplaceAll(d.Path, ",", ",,")
-	if d.ReadOnly {
-		s += ",readonly"
-	}
-	if d.ID != "" {
-		s += ",id=" + strings.ReplaceAll(d.ID, ",", ",,")
-	}
-	return s
 }

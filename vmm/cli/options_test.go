@@ -4,6 +4,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/blk/disk"
+	"github.com/kvmlet/kvmlet/blk/raw"
 	"github.com/kvmlet/kvmlet/vmm"
 )
 
@@ -35,11 +38,23 @@ func TestParseDisk(t *testing.T) {
 	good := map[string]vmm.Disk{
 		"path=a.img":                         {Path: "a.img"},
 		"path=a.img,readonly":                {Path: "a.img", ReadOnly: true},
-		"path=a.img,readonly=off,format=raw": {Path: "a.img"},
+		"path=a.img,readonly=off,format=raw": {Path: "a.img", Format: disk.Raw},
 		"readonly=on,id=root,path=/x/y":      {Path: "/x/y", ID: "root", ReadOnly: true},
 		"path=with,,comma.img":               {Path: "with,comma.img"},
 		"path=eq=ual.img":                    {Path: "eq=ual.img"},
 		"path=,,,,x,,,readonly":              {Path: ",,x,", ReadOnly: true},
+		"path=a.qcow2,format=qcow2,cache=none,aio=threads,backing=on,copy-on-read,detect-zeroes=unmap,queues=3": {
+			Path: "a.qcow2", Format: disk.QCOW2, Cache: disk.CacheNone, AIO: raw.AIOThreads, Backing: disk.BackingOn,
+			CopyOnRead: true, DetectZeroes: blk.DetectUnmap, Queues: 3,
+		},
+		"path=nbd+unix:///?socket=/s,backing=/base dir": {
+			Path: "nbd+unix:///?socket=/s", Backing: disk.BackingBelow("/base dir"),
+		},
+		"path=a,throttle=iops-total=500:bps-read=10M:bps-read-max=20M:bps-read-max-length=3,throttle-group=g": {
+			Path: "a", ThrottleGroup: "g", Throttle: blk.Throttle{
+				IOPSTotal: blk.Rate{Avg: 500}, BPSRead: blk.Rate{Avg: 10 << 20, Max: 20 << 20, Length: 3},
+			},
+		},
 	}
 	for in, want := range good {
 		got, err := parseDisk(in)
@@ -52,15 +67,24 @@ func TestParseDisk(t *testing.T) {
 		}
 	}
 	bad := map[string]string{
-		"":                        "empty",
-		"a.img":                   `want path=a.img`,
-		"path=":                   "names no file",
-		"path=a,path=b":           "twice",
-		"path=a,,":                "", // a file called "a,"
-		"path=a,":                 "empty",
-		"path=a,format=qcow2":     "have raw",
-		"path=a,readonly=perhaps": "on or off",
-		"path=a,cache=none":       "unknown property",
+		"":                       "empty",
+		"a.img":                  `want path=a.img`,
+		"path=":                  "names no file",
+		"path=a,path=b":          "twice",
+		"path=a,,":               "", // a file called "a,"
+		"path=a,":                "empty",
+		"path=a,format=vmdk":     "raw or qcow2",
+		"path=a,cache=all":       "writeback",
+		"path=a,aio=native":      "io_uring",
+		"path=a,backing=":        "backing=",
+		"path=a,detect-zeroes=1": "unmap",
+		"path=a,queues=0":        "from 1 up",
+		"path=a,throttle=fast=1": "fast",
+		"path=a,throttle=iops-read=1,bps-read=1M": "join limits there with ':'",
+		"path=a,throttle=":                        "throttle",
+		"path=a,throttle-group=":                  "names no group",
+		"path=a,readonly=perhaps":                 "on or off",
+		"path=a,cash=none":                        "unknown property",
 	}
 	for in, want := range bad {
 		_, err := parseDisk(in)
@@ -79,6 +103,7 @@ func TestParseDisk(t *testing.T) {
 func FuzzParseDisk(f *testing.F) {
 	f.Add("path=a.img,readonly,id=x")
 	f.Add("path=,,,,,format=raw")
+	f.Add("path=a,format=qcow2,cache=unsafe,backing=,,,throttle=iops-read=1K:iops-size=4096")
 	f.Fuzz(func(t *testing.T, s string) {
 		d, err := parseDisk(s)
 		if err != nil {

@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 	"time"
 	"unicode"
 
+	"github.com/kvmlet/kvmlet/blk/disk"
 	"github.com/kvmlet/kvmlet/guest/agent"
 	"github.com/kvmlet/kvmlet/guest/tail"
 	"github.com/kvmlet/kvmlet/vmm"
@@ -29,6 +31,22 @@ type plan struct {
 // quietCmdline keeps the guest's kernel from telling a console that nobody reads what goes well.
 const quietCmdline = "quiet"
 
+// missingDisk says how a disk can be made, where that is what a VM lacks.
+func (p *plan) missingDisk(err error) error {
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, d := range p.cfg.Disks {
+		if d.ReadOnly || d.Format == disk.QCOW2 || disk.IsURI(d.Path) {
+			continue
+		}
+		if _, there := os.Stat(d.Path); errors.Is(there, fs.ErrNotExist) {
+			return fmt.Errorf("%w (make one, for example with: kvmlet disk create %s 64M)", err, d.Path)
+		}
+	}
+	return err
+}
+
 // newPlan checks the options. Nothing is opened or made.
 func newPlan(o *runOptions) (_ *plan, err error) {
 	p := &plan{o: o, agent: o.initrd == "" || len(o.command) > 0}
@@ -36,14 +54,14 @@ func newPlan(o *runOptions) (_ *plan, err error) {
 		return nil, fmt.Errorf("--cpu: %w", err)
 	}
 	for _, d := range o.disks {
-		disk, err := parseDisk(d)
+		parsed, err := parseDisk(d)
+		if err == nil {
+			err = absoluteDisk(&parsed)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("--disk: %w", err)
 		}
-		if disk.Path, err = absolute(disk.Path); err != nil {
-			return nil, fmt.Errorf("--disk: %w", err)
-		}
-		p.cfg.Disks = append(p.cfg.Disks, disk)
+		p.cfg.Disks = append(p.cfg.Disks, parsed)
 	}
 	for _, n := range o.nets {
 		c, err := parseNet(n)
@@ -136,8 +154,11 @@ const (
 
 // boot runs the VM on this host's KVM.
 func (p *plan) boot(ctx context.Context, s streams) (err error) {
-	if p.cfg.Resources, err = vmm.OpenResources(&p.cfg); err != nil {
+	if err := p.checkFormats(); err != nil {
 		return err
+	}
+	if p.cfg.Resources, err = vmm.OpenResources(&p.cfg); err != nil {
+		return p.missingDisk(err)
 	}
 	if err := haveKVM(); err != nil { // before an image is made for nothing
 		return err

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // Exit statuses of kvmlet itself. With a COMMAND its own status is passed on, so these follow what env(1), timeout(1)
@@ -99,10 +100,16 @@ only slower.`,
 	// What is wrong is said in one line.
 	root.DisableSuggestions = true
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		var unknown *pflag.NotExistError
+		if errors.As(err, &unknown) {
+			if short := unknown.GetSpecifiedShortnames(); short != "" && short[0] >= '0' && short[0] <= '9' { // a size
+				return fmt.Errorf("-%s is taken for a flag (put -- before the operands: see %s --help)", short, cmd.CommandPath())
+			}
+		}
 		return fmt.Errorf("%w (see %s --help)", err, cmd.CommandPath())
 	})
 	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages", fmt.Sprintf(".FlagUsagesWrapped %d", helpWidth)))
-	root.AddCommand(newRun(s), newProbe(s), newLab(s))
+	root.AddCommand(newRun(s), newDisk(s), newProbe(s), newLab(s))
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
 	for _, c := range root.Commands() {

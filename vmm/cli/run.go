@@ -42,9 +42,18 @@ has the usual commands, fio and iperf3. With --initrd and no command the VM is l
 own init, and its serial console is connected here.
 
 Disks are /dev/vda, /dev/vdb and so on in the order given; a DISK is
-  path=FILE        a raw image, or outside of the lab a block device; a comma in it is written twice
+  path=FILE        a disk image, or outside of the lab a block device or an NBD export such as
+                   nbd+unix:///?socket=S; a comma in it is written twice
+  format=FORMAT    raw (the default, whatever is in the file) or qcow2
   readonly         the guest cannot write, and others may read the file too
-  format=raw       the only one so far
+  cache=MODE       writeback (default), none (O_DIRECT), writethrough, directsync or unsafe
+  aio=ENGINE       io_uring, threads or auto (default)
+  backing=WHICH    backing files that may be opened: off (default), on, or those below a folder
+  copy-on-read     keep in the image what is read from its backing file
+  detect-zeroes=Z  off (default), on, or unmap: write zeroes as such, and give their space back
+  throttle=LIMITS  such as iops-total=500:bps-write=10M, with -max and -max-length for bursts
+  throttle-group=G a group of disks that share the limits which one of them says
+  queues=N         request queues (default: one for each CPU)
   id=NAME          the serial number that the guest sees, up to 20 characters
 Network cards are eth0, eth1 and so on; a NET is
   tap=NAME         a tap device of the host, made for the VM's time if there is none
@@ -55,9 +64,9 @@ Network cards are eth0, eth1 and so on; a NET is
 In the lab a tap is one of the lab's, so that the VM reaches the lab and nothing beyond.
 
 On a terminal, Ctrl-A x ends the VM, once the command is up (before, Ctrl-C does), and Ctrl-A Ctrl-A
-sends one Ctrl-A. When nobody reads kvmlet's
-output any more, as behind "| head", COMMAND's next write there fails or ends it by SIGPIPE (status
-141), as on the host; on a terminal (-t) it is hung up. Then the VM is powered off.
+sends one Ctrl-A. When nobody reads kvmlet's output any more, as behind "| head", COMMAND's next
+write there fails or ends it by SIGPIPE (status 141), as on the host; on a terminal (-t) it is hung
+up. Then the VM is powered off.
 
 With --append reboot=warm a panic looks like a reboot and ends with 120, unless the kernel has the
 pvpanic driver: a reset marked as warm is how kvmlet tells a panic otherwise.

@@ -1,0 +1,146 @@
+package cli
+
+import (
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestDiskBadInput gives the disk commands what cannot work. Each is answered by one line.
+func TestDiskBadInput(t *testing.T) {
+	t.Parallel()
+	f := newDiskFiles(t)
+	raw, image, backed := f.data("raw", 1<<20), f.path("image"), f.path("backed")
+	ok(t, "disk", "create", "-f", "qcow2", image, "1M")
+	ok(t, "disk", "create", "-f", "qcow2", "-b", "raw", "-F", "raw", backed)
+	locked := f.data("locked", 1<<20)
+	lockElsewhere(t, locked)
+	none := f.path("none")
+	for name, c := range map[string]struct {
+		args   []string
+		status int // 0: statusError
+		want   string
+	}{
+		"command":                     {[]string{"fly"}, 0, `unknown command "fly"`},
+		"snapshot command":            {[]string{"snapshot", "fly"}, 0, `unknown command "fly"`},
+		"flag":                        {[]string{"info", "--warp"}, 0, "kvmlet disk info --help"},
+		"create without a path":       {[]string{"create"}, 0, "PATH is missing"},
+		"create, empty path":          {[]string{"create", "", "1M"}, 0, "PATH is empty"},
+		"create without a size":       {[]string{"create", none}, 0, "SIZE is missing"},
+		"create, too much":            {[]string{"create", none, "1M", "2M"}, 0, `unexpected argument "2M"`},
+		"create, size":                {[]string{"create", none, "much"}, 0, `"much" is not a size`},
+		"create, size 0":              {[]string{"create", none, "0"}, 0, "0 bytes"},
+		"create, beyond":              {[]string{"create", none, "9999999T"}, 0, "8 EiB"},
+		"create, backed of size 0":    {[]string{"create", "-f", "qcow2", "-b", raw, "-F", "raw", none, "0"}, 0, "leave it out"},
+		"create, format":              {[]string{"create", "-f", "vmdk", none, "1M"}, 0, "want raw or qcow2"},
+		"create, option":              {[]string{"create", "-f", "qcow2", "-o", "warp=9", none, "1M"}, 0, "unknown option (have backing_file,"},
+		"create, option twice":        {[]string{"create", "-f", "qcow2", "-o", "compat=1.1,compat=1.1", none, "1M"}, 0, "twice"},
+		"create, option's value":      {[]string{"create", "-f", "qcow2", "-o", "cluster_size=x", none, "1M"}, 0, "is not a size"},
+		"create, lazy":                {[]string{"create", "-f", "qcow2", "-o", "lazy_refcounts=maybe", none, "1M"}, 0, "want on or off"},
+		"create, compression":         {[]string{"create", "-f", "qcow2", "--compression", "gzip", none, "1M"}, 0, "want zlib or zstd"},
+		"create, clusters":            {[]string{"create", "-f", "qcow2", "--cluster-size", "3K", none, "1M"}, 0, "power of two"},
+		"create, clusters of a raw":   {[]string{"create", "--cluster-size", "4K", none, "1M"}, 0, "qcow2"},
+		"create, there":               {[]string{"create", raw, "1M"}, 0, "--force"},
+		"create, in use":              {[]string{"create", "--force", locked, "1M"}, 0, "in use"},
+		"create, no folder":           {[]string{"create", none + "/disk", "1M"}, 0, "no such file"},
+		"create, backing format":      {[]string{"create", "-f", "qcow2", "-b", raw, none}, 0, "never guessed"},
+		"info, missing":               {[]string{"info", none}, 0, "no such file"},
+		"info, not an image":          {[]string{"info", "-f", "qcow2", raw}, 0, "not a qcow2 image"},
+		"info, in use":                {[]string{"info", locked}, 0, "--force-share"},
+		"info, two":                   {[]string{"info", raw, image}, 0, "unexpected argument"},
+		"info, policy":                {[]string{"info", "--backing=", raw}, 0, "want off, on, or"},
+		"info, chain":                 {[]string{"info", "-f", "qcow2", "--backing-chain", backed}, 0, "backing option"},
+		"info, chain, off":            {[]string{"info", "-f", "qcow2", "--backing-chain", "--backing", "off", backed}, 0, "backing option"},
+		"check, raw":                  {[]string{"check", "-f", "raw", raw}, checkUnsupported, "--format qcow2"},
+		"check, not said":             {[]string{"check", raw}, checkFailed, "not a qcow2 image"},
+		"check, what":                 {[]string{"check", "--repair", image}, 0, "want leaks or all"},
+		"commit, a raw":               {[]string{"commit", "-f", "raw", raw}, 0, "want qcow2"},
+		"snapshot, a raw":             {[]string{"snapshot", "apply", "-f", "raw", raw, "a"}, 0, "want qcow2"},
+		"check, missing":              {[]string{"check", "-f", "qcow2", none}, checkFailed, "no such file"},
+		"check, not an image":         {[]string{"check", "-f", "qcow2", raw}, checkFailed, "not a qcow2 image"},
+		"check, in use":               {[]string{"check", "-f", "qcow2", locked}, checkFailed, "--force-share"},
+		"check, repair what":          {[]string{"check", "-f", "qcow2", "-r", "some", image}, 0, "want leaks or all"},
+		"check, repair nothing":       {[]string{"check", "-f", "qcow2", "--repair=", image}, 0, "want leaks or all"},
+		"check, repair what is used":  {[]string{"check", "-f", "qcow2", "-U", "--repair=all", image}, 0, "can't be repaired"},
+		"convert, one":                {[]string{"convert", raw}, 0, "TARGET is missing"},
+		"convert, missing":            {[]string{"convert", none, f.path("t1")}, 0, "no such file"},
+		"convert, in use":             {[]string{"convert", locked, f.path("t2")}, 0, "--force-share"},
+		"convert, there":              {[]string{"convert", raw, image}, 0, "--force"},
+		"convert, itself":             {[]string{"convert", "--force", raw, raw}, 0, "would be overwritten"},
+		"convert, unlocked itself":    {[]string{"convert", "--force", "-U", raw, raw}, 0, "would be overwritten"},
+		"convert, its backing file":   {[]string{"convert", "--force", "-U", "-f", "qcow2", "--backing", "on", backed, raw}, 0, "would be overwritten"},
+		"convert, backing":            {[]string{"convert", "-f", "qcow2", backed, f.path("t3")}, 0, "backing option"},
+		"convert, backing elsewhere":  {[]string{"convert", "-f", "qcow2", "--backing", "/usr", backed, f.path("t4")}, 0, "lies elsewhere"},
+		"convert, compress a raw":     {[]string{"convert", "-c", raw, f.path("t5")}, 0, "--target-format qcow2"},
+		"convert, requests":           {[]string{"convert", "-m", "0", raw, f.path("t6")}, 0, "want 1 to 1024"},
+		"convert, sparse":             {[]string{"convert", "-S", "100", raw, f.path("t7")}, 0, "multiple of 512"},
+		"convert, zero":               {[]string{"convert", "--target-is-zero", raw, f.path("t8")}, 0, "--no-create"},
+		"convert, settings":           {[]string{"convert", "-n", "-O", "qcow2", "-o", "compat=1.1", raw, image}, 0, "can't be chosen"},
+		"convert, into what is not":   {[]string{"convert", "-n", raw, none}, 0, "no such file"},
+		"convert, into less":          {[]string{"convert", "-n", raw, f.data("less", 512)}, 0, "kvmlet disk resize"},
+		"convert, no server":          {[]string{"convert", raw, "nbd+unix:///?socket=" + none}, 0, "no such file"},
+		"convert, a backing file":     {[]string{"convert", "-B", "raw", "-F", "raw", raw, f.path("t9")}, 0, "qcow2"},
+		"compare, one":                {[]string{"compare", raw}, 0, "DISK2 is missing"},
+		"compare, missing":            {[]string{"compare", raw, none}, compareFailed, "no such file"},
+		"compare, in use":             {[]string{"compare", raw, locked}, compareFailed, "--force-share"},
+		"compare, requests":           {[]string{"compare", "-m", "9999", raw, raw}, 0, "want 1 to 1024"},
+		"map, backing":                {[]string{"map", "-f", "qcow2", backed}, 0, "backing option"},
+		"map, in use":                 {[]string{"map", locked}, 0, "--force-share"},
+		"resize, size":                {[]string{"resize", raw, "+much"}, 0, "is not a size"},
+		"resize, -size":               {[]string{"resize", "--shrink", raw, "-512K"}, 0, "put -- before the operands"},
+		"resize, smaller":             {[]string{"resize", raw, "512K"}, 0, "--shrink"},
+		"resize, to nothing":          {[]string{"resize", "--shrink", raw, "0"}, 0, "no disk is as large"},
+		"resize, below nothing":       {[]string{"resize", "--shrink", "--", raw, "-2M"}, 0, "no disk is as large"},
+		"resize, beyond":              {[]string{"resize", raw, "+8388608T"}, 0, "8 EiB"},
+		"resize, perhaps an image":    {[]string{"resize", image, "+1M"}, 0, "--format raw if it is none"},
+		"bench, perhaps an image":     {[]string{"bench", "-w", image}, 0, "--format raw if it is none"},
+		"resize, far":                 {[]string{"resize", raw, "8388607T"}, 0, "too large"},
+		"resize, in use":              {[]string{"resize", locked, "+1M"}, 0, "in use"},
+		"resize, backing":             {[]string{"resize", "-f", "qcow2", backed, "+1M"}, 0, "backing option"},
+		"commit without backing":      {[]string{"commit", "--backing", "on", image}, 0, "no backing file"},
+		"commit, not an image":        {[]string{"commit", raw}, 0, "not a qcow2 image"},
+		"commit, requests":            {[]string{"commit", "-m", "0", image}, 0, "want 1 to 1024"},
+		"snapshot of a raw":           {[]string{"snapshot", "create", raw, "a"}, 0, "not a qcow2 image"},
+		"snapshot without a name":     {[]string{"snapshot", "create", image}, 0, "NAME is missing"},
+		"snapshot that is not":        {[]string{"snapshot", "apply", image, "a"}, 0, `apply snapshot "a": no such snapshot`},
+		"snapshot to delete":          {[]string{"snapshot", "delete", image, "a"}, 0, "no such snapshot"},
+		"serve where":                 {[]string{"serve", raw}, 0, "say where"},
+		"serve twice":                 {[]string{"serve", "--socket", "s", "--listen", ":1", raw}, 0, "one of them"},
+		"serve, TLS on a socket":      {[]string{"serve", "--socket", "s", "--tls", f.dir, raw}, 0, "--listen"},
+		"serve, no certificates":      {[]string{"serve", "--listen", "127.0.0.1:0", "--tls", f.dir, raw}, 0, "server-cert.pem"},
+		"serve, missing":              {[]string{"serve", "--socket", f.path("s1"), none}, 0, "no such file"},
+		"serve, in use":               {[]string{"serve", "--socket", f.path("s2"), locked}, 0, "in use"},
+		"serve, on a file":            {[]string{"serve", "--socket", image, raw}, 0, "not a socket"},
+		"serve, socket's name":        {[]string{"serve", "--socket", f.path(strings.Repeat("s", 120)), raw}, 0, "the kernel takes 107"},
+		"serve, no address":           {[]string{"serve", "--listen", "nowhere", raw}, 0, "--listen"},
+		"serve, limits":               {[]string{"serve", "--socket", f.path("s3"), "--throttle", "bps-total=fast", raw}, 0, "not a number"},
+		"serve, copies of nothing":    {[]string{"serve", "--socket", f.path("s4"), "-r", "--copy-on-read", raw}, 0, "copy-on-read"},
+		"bench, depth":                {[]string{"bench", "-d", "0", raw}, 0, "want 1 to 1024"},
+		"bench, count":                {[]string{"bench", "-c", "0", raw}, 0, "want 1 at least"},
+		"bench, size":                 {[]string{"bench", "-s", "65M", raw}, 0, "1 byte to 64M"},
+		"bench, larger than the disk": {[]string{"bench", "-s", "2M", raw}, 0, "no room"},
+		"bench, offset":               {[]string{"bench", "--offset", "1M", raw}, 0, "no room"},
+		"bench, pattern":              {[]string{"bench", "--pattern", "zigzag", raw}, 0, "sequential or random"},
+		"bench, flushes of reads":     {[]string{"bench", "--flush-interval", "5", raw}, 0, "--write"},
+		"bench, in use":               {[]string{"bench", locked}, 0, "in use"},
+		"bench, cache":                {[]string{"bench", "--cache", "warm", raw}, 0, "want writeback,"},
+		"bench, engine":               {[]string{"bench", "--aio", "native", raw}, 0, "want auto, io_uring or threads"},
+	} {
+		t.Run(name, func(t *testing.T) { // one after the other: some lock what others read
+			r := runCommand(t, append([]string{"disk"}, c.args...)...)
+			if c.status != 0 {
+				if r.status != c.status {
+					t.Errorf("status %d, want %d", r.status, c.status)
+				}
+				r.status = statusError
+			}
+			expectOneLine(t, r, c.want)
+		})
+	}
+	t.Cleanup(func() {
+		left, err := filepath.Glob(f.path("t*"))
+		if err != nil || len(left) > 0 {
+			t.Errorf("targets that were not made are there: %q", left)
+		}
+	})
+}
