@@ -18,8 +18,11 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/kvmlet/kvmlet/blk"
+	image "github.com/kvmlet/kvmlet/blk/disk"
 	"github.com/kvmlet/kvmlet/guest/agent"
 	"github.com/kvmlet/kvmlet/guest/guesttest"
+	"github.com/kvmlet/kvmlet/iov"
 	"github.com/kvmlet/kvmlet/net"
 	"github.com/kvmlet/kvmlet/net/tap/taptest"
 	"github.com/kvmlet/kvmlet/vmm"
@@ -38,6 +41,7 @@ func TestGuest(t *testing.T) {
 	disks := []vmm.Disk{
 		{Path: filepath.Join(dir, "data"), ID: "first"},
 		{Path: filepath.Join(dir, "fixed"), ReadOnly: true},
+		imageDisk(t, dir),
 	}
 	if err := os.WriteFile(disks[0].Path, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -60,6 +64,7 @@ func TestGuest(t *testing.T) {
 	t.Run("signals", func(t *testing.T) { testSignals(t, g) })
 	t.Run("terminal", func(t *testing.T) { testTerminal(t, g) })
 	t.Run("disks", func(t *testing.T) { testDisks(t, g, fixed) })
+	t.Run("image disk", func(t *testing.T) { useImageDisk(t, g) })
 	testPing(t, g)
 	testIperf(t, g)
 
@@ -70,6 +75,69 @@ func TestGuest(t *testing.T) {
 	t.Run("image", func(t *testing.T) { testImage(t, disks[0].Path, sum) })
 	if now, err := os.ReadFile(disks[1].Path); err != nil || !bytes.Equal(now, fixed) {
 		t.Errorf("the read-only disk's file has changed (%v)", err)
+	}
+	checkImageDisk(t, disks[2])
+}
+
+// baseContent is what the backing file of the image disk holds.
+var baseContent = random(2, 1<<20)
+
+// imageDisk is a qcow2 image over a raw backing file, with all that is between an image and a guest: a limit, copies on
+// read, and an eye for zeroes.
+func imageDisk(t *testing.T, dir string) vmm.Disk {
+	t.Helper()
+	base := filepath.Join(dir, "base")
+	if err := os.WriteFile(base, baseContent, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := vmm.Disk{
+		Path: filepath.Join(dir, "overlay"), Format: image.QCOW2, Backing: image.BackingBelow(dir), CopyOnRead: true,
+		DetectZeroes: blk.DetectUnmap, Throttle: blk.Throttle{IOPSTotal: blk.Rate{Avg: 2000}}, Queues: 2,
+	}
+	err := image.Create(t.Context(), image.CreateSpec{
+		Path: d.Path, Format: image.QCOW2, BackingFile: "base", BackingFormat: image.Raw, Size: 4 << 20,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// useImageDisk reads the backing file's bytes, writes over some of them, and writes zeroes.
+func useImageDisk(t *testing.T, g *guesttest.Guest) {
+	sum := sha256.Sum256(baseContent)
+	if got := shell(t, g, "head -c 1M /dev/vdc | sha256sum"); !strings.HasPrefix(got, hex.EncodeToString(sum[:])) {
+		t.Errorf("the backing file's content is another: %s", got)
+	}
+	shell(t, g, `yes kvmlet | head -c 100000 | dd of=/dev/vdc bs=4096 seek=100 conv=fsync 2>&1
+		dd if=/dev/zero of=/dev/vdc bs=64K seek=32 count=16 oflag=direct 2>&1; sync`)
+}
+
+// checkImageDisk looks at what came of it, from outside.
+func checkImageDisk(t *testing.T, d vmm.Disk) {
+	t.Helper()
+	// The VM has it open until the end of the test; its guest has flushed it and is gone.
+	spec := image.Spec{Path: d.Path, Format: d.Format, Backing: d.Backing, ReadOnly: true, ForceShare: true}
+	dev, err := image.Open(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = dev.Close() }()
+	want := make([]byte, 4<<20)
+	copy(want, baseContent)
+	for i := range 100000 {
+		want[100*4096+i] = "kvmlet\n"[i%7]
+	}
+	got := make([]byte, len(want))
+	if _, err := dev.ReadVecAt(iov.Of(got), 0); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("the image holds something else (%v)", err)
+	}
+	s, _, err := dev.BlockStatus(t.Context(), 2<<20, 1<<20)
+	if err != nil || s.Flags&blk.StatusZero == 0 {
+		t.Errorf("zeroes are stored as data: %+v, %v", s, err)
+	}
+	if s, n, err := dev.BlockStatus(t.Context(), 0, 1<<20); err != nil || s.Flags&blk.StatusAllocated == 0 || n < 64<<10 {
+		t.Errorf("what was read was not copied: %+v for %d, %v", s, n, err)
 	}
 }
 
