@@ -31,7 +31,8 @@ help:
 	@echo 'make test     run all tests, and every fuzz target for a few seconds'
 	@echo 'make lint     run the linters and the checks of rules about imports and unsafe'
 	@echo 'make fuzz     run every fuzz target for FUZZTIME=$(FUZZTIME)'
-	@echo 'make bench    measure starts beside QEMU (ARGS=... for scripts/bench), then run the Go benchmarks'
+	@echo 'make bench    measure starts and disks beside QEMU (ARGS=... for scripts/bench, DISKARGS=... for'
+	@echo '              scripts/diskbench), then run the Go benchmarks'
 	@echo 'make install  install kvmlet in PREFIX=$(PREFIX)'
 	@echo 'make setup    install what the other targets need: Debian packages, Go modules'
 	@echo 'make clean    remove what was built here; cached images stay in $(CACHE)'
@@ -58,6 +59,7 @@ fuzz: setup $(CACHE)/bin/testsum
 
 bench: setup
 	@go run ./scripts/bench $(ARGS)
+	@go run ./scripts/diskbench $(DISKARGS)
 	@go test -run='^$$' -bench=. -benchmem $(PACKAGES)
 
 # go build knows best whether there is something to do.
