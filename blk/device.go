@@ -72,6 +72,7 @@ type abilities struct {
 	state      StateStore
 	removable  Removable
 	starter    Starter
+	threadless bool // of the starter
 	observer   Observer
 	resetter   Resetter
 }
@@ -88,6 +89,9 @@ func abilitiesOf(b Backend) (a abilities) {
 	a.removable, _ = b.(Removable)
 	a.starter, _ = b.(Starter)
 	a.resetter, _ = b.(Resetter)
+	if t, ok := b.(Threadless); ok && a.starter != nil {
+		a.threadless = t.Threadless()
+	}
 	if o, ok := b.(Observer); ok && o.Observing() {
 		a.observer = o
 	}

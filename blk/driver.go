@@ -104,6 +104,12 @@ type (
 		Start(batch []*IO)
 	}
 
+	// Threadless is a Starter that may need no thread for what it has started: an io_uring does not, workers that make
+	// blocking calls do. It is asked once, by New.
+	Threadless interface {
+		Threadless() bool
+	}
+
 	// Observer is told what Device is about to do, by the names of the Event constants. It is how tests stop a request
 	// at a certain place: Event returns when the request may go on. Drivers pass on what they get, and add their own.
 	Observer interface {

@@ -51,7 +51,7 @@ func (l *Limits) fits(v iov.Vec, off int64, size int) bool {
 func (d *Device) readBytes(ctx context.Context, dst iov.Vec, off int64, size int) error {
 	l := d.limits.Load()
 	if l.fits(dst, off, size) {
-		return d.readBackend(dst, off, size)
+		return d.readBackend(ctx, dst, off, size)
 	}
 	w := getWork()
 	defer putWork(w)
@@ -79,7 +79,7 @@ func (d *Device) writeBytes(ctx context.Context, src iov.Vec, off int64, size in
 		how = transferFUA
 	}
 	if l.fits(src, off, size) {
-		return d.writeBackend(src, off, size, how)
+		return d.writeBackend(ctx, src, off, size, how)
 	}
 	w := getWork()
 	defer putWork(w)
@@ -140,7 +140,7 @@ func (d *Device) readBlock(ctx context.Context, l *Limits, p []byte, off int64) 
 	defer putWork(w)
 	w.one = w.one[:0].Append(p)
 	if l.fits(w.one, off, len(p)) {
-		return d.readBackend(w.one, off, len(p))
+		return d.readBackend(ctx, w.one, off, len(p))
 	}
 	return d.transfer(ctx, w, l, transferRead, w.one, off, len(p))
 }
@@ -184,15 +184,15 @@ func (d *Device) transfer(ctx context.Context, w *work, l *Limits, how transferK
 		var err error
 		switch {
 		case whole == n:
-			err = d.movePiece(w, rest, how, n, off)
+			err = d.movePiece(ctx, w, rest, how, n, off)
 		case aligned && l.collapsible(rest, elems, keep):
-			err = d.moveCollapsed(w, l, rest, how, n, off, elems-l.MaxVec+1, keep)
+			err = d.moveCollapsed(ctx, w, l, rest, how, n, off, elems-l.MaxVec+1, keep)
 		case aligned && whole > 0:
 			n = whole
-			err = d.movePiece(w, rest, how, n, off)
+			err = d.movePiece(ctx, w, rest, how, n, off)
 		default:
 			n = min(n, bounceSize)
-			err = d.moveBounced(w, l, rest, how, n, off)
+			err = d.moveBounced(ctx, w, l, rest, how, n, off)
 		}
 		if err != nil {
 			return err
@@ -251,18 +251,18 @@ func (l *Limits) collapsible(v iov.Vec, elems, keep int) bool {
 }
 
 // movePiece moves the first n bytes of rest.
-func (d *Device) movePiece(w *work, rest iov.Vec, how transferKind, n int, off int64) error {
+func (d *Device) movePiece(ctx context.Context, w *work, rest iov.Vec, how transferKind, n int, off int64) error {
 	piece, err := rest.AppendSlice(w.piece[:0], 0, n)
 	if err != nil {
 		return err
 	}
 	w.piece = piece
-	return d.move(how, piece, off, n)
+	return d.move(ctx, how, piece, off, n)
 }
 
 // moveCollapsed moves the first n bytes of rest, with merge elements behind the first keep ones copied into one.
 func (d *Device) moveCollapsed(
-	w *work, l *Limits, rest iov.Vec, how transferKind, n int, off int64, merge, keep int,
+	ctx context.Context, w *work, l *Limits, rest iov.Vec, how transferKind, n int, off int64, merge, keep int,
 ) error {
 	piece, err := rest.AppendSlice(w.piece[:0], 0, n)
 	if err != nil {
@@ -278,7 +278,7 @@ func (d *Device) moveCollapsed(
 	}
 	piece[keep] = iov.RangeOf(buf)
 	w.piece = append(piece[:keep+1], piece[keep+merge:]...)
-	if err := d.move(how, w.piece, off, n); err != nil || how != transferRead {
+	if err := d.move(ctx, how, w.piece, off, n); err != nil || how != transferRead {
 		return err
 	}
 	_, err = rest.CopyFrom(kept, buf)
@@ -286,33 +286,33 @@ func (d *Device) moveCollapsed(
 }
 
 // moveBounced moves the first n bytes of rest by way of a buffer.
-func (d *Device) moveBounced(w *work, l *Limits, rest iov.Vec, how transferKind, n int, off int64) error {
+func (d *Device) moveBounced(ctx context.Context, w *work, l *Limits, rest iov.Vec, how transferKind, n int, off int64) error {
 	buf := w.bounceBuffer(l, n)
 	w.piece = w.piece[:0].Append(buf)
 	if how != transferRead {
 		if _, err := rest.CopyTo(buf, 0); err != nil {
 			return err
 		}
-		return d.move(how, w.piece, off, n)
+		return d.move(ctx, how, w.piece, off, n)
 	}
-	if err := d.move(how, w.piece, off, n); err != nil {
+	if err := d.move(ctx, how, w.piece, off, n); err != nil {
 		return err
 	}
 	_, err := rest.CopyFrom(0, buf)
 	return err
 }
 
-func (d *Device) move(how transferKind, v iov.Vec, off int64, n int) error {
+func (d *Device) move(ctx context.Context, how transferKind, v iov.Vec, off int64, n int) error {
 	if how == transferRead {
-		return d.readBackend(v, off, n)
+		return d.readBackend(ctx, v, off, n)
 	}
-	return d.writeBackend(v, off, n, how)
+	return d.writeBackend(ctx, v, off, n, how)
 }
 
 // readBackend reads n bytes, which dst holds, and gives those that the storage lacks as zeroes.
-func (d *Device) readBackend(dst iov.Vec, off int64, n int) error {
+func (d *Device) readBackend(ctx context.Context, dst iov.Vec, off int64, n int) error {
 	d.Event(EventRead)
-	got, err := d.backend.ReadVecAt(dst, off)
+	got, err := d.call(ctx, OpRead, dst, off)
 	d.Event(EventReadDone)
 	return d.readEnded(dst, n, got, err)
 }
@@ -328,14 +328,14 @@ func (d *Device) readEnded(dst iov.Vec, n, got int, err error) error {
 }
 
 // writeBackend writes n bytes, which src holds.
-func (d *Device) writeBackend(src iov.Vec, off int64, n int, how transferKind) error {
+func (d *Device) writeBackend(ctx context.Context, src iov.Vec, off int64, n int, how transferKind) error {
 	d.Event(EventWrite)
 	put, err := 0, ErrUnsupported
 	if how == transferFUA && d.can.fua != nil {
 		put, err = d.can.fua.WriteVecFUA(src, off)
 	}
 	if how != transferFUA || unsupported(err) {
-		put, err = d.backend.WriteVecAt(src, off)
+		put, err = d.call(ctx, OpWrite, src, off)
 		if how == transferFUA && err == nil && put == n {
 			err = d.backend.Flush()
 		}

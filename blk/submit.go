@@ -53,7 +53,45 @@ type submitted struct {
 	merged  *merged  // set for a request that stands for others
 	next    *Request // to be carried out when this one is done
 	slot    bool     // it needs one of Device.slots while it is with the backend
+	waits   patient  // its context, where a goroutine of the Device's carries it out
 }
+
+// patient is the context of a request that nobody's goroutine waits for but the Device's own.
+type patient struct{ context.Context }
+
+// waiter waits for one transfer of a Starter.
+type waiter struct {
+	io    IO
+	batch [1]*IO // &io
+	done  chan struct{}
+}
+
+var waiters = sync.Pool{New: func() any {
+	w := &waiter{done: make(chan struct{}, 1)}
+	w.batch[0] = &w.io
+	return w
+}}
+
+// call has the backend carry out one transfer. Whoever calls Do has come to wait, and gets the shortest way. A goroutine of
+// the Device's own has the backend carry it out by itself, where that takes no thread while it waits.
+func (d *Device) call(ctx context.Context, op Op, v iov.Vec, off int64) (int, error) {
+	if _, ok := ctx.(*patient); ok && d.can.threadless {
+		w := waiters.Get().(*waiter)
+		w.io = IO{Op: op, Vec: v, Off: off, Done: waited, Owner: w}
+		d.can.starter.Start(w.batch[:])
+		<-w.done
+		n, err := w.io.N, w.io.Err
+		w.io = IO{}
+		waiters.Put(w)
+		return n, err
+	}
+	if op == OpRead {
+		return d.backend.ReadVecAt(v, off)
+	}
+	return d.backend.WriteVecAt(v, off)
+}
+
+func waited(io *IO) { io.Owner.(*waiter).done <- struct{}{} }
 
 // Submit begins every request of batch and returns without waiting for them; the Done of each tells when it is done. What
 // Do says holds for each of them. Requests of a batch have no order among each other, except where writes overlap that
@@ -245,7 +283,8 @@ func (d *Device) doSubmitted(r *Request) {
 	}
 	defer d.gate.leave()
 	r.submitted.slot = true
-	n, err := d.do(r.submitted.ctx, r)
+	r.submitted.waits.Context = r.submitted.ctx
+	n, err := d.do(&r.submitted.waits, r)
 	r.submitted.slot = false
 	d.complete(r, n, err)
 }

@@ -110,6 +110,30 @@ func TestSubmit(t *testing.T) {
 	}
 }
 
+// threadless is a Starter that a goroutine of the Device's waits for, rather than calling the backend itself.
+type threadless struct{ *starting }
+
+func (threadless) Threadless() bool { return true }
+
+func TestThreadless(t *testing.T) {
+	t.Parallel()
+	b := threadless{&starting{strict: newStrict(t, mib, blk.Limits{RequestAlign: 4096})}}
+	d := newDevice(t, b, blk.Options{})
+	p := pattern(1000)
+	submit(d, write(512, p))
+	if n := b.begun.Load(); n != 2 || b.took() != "read 0+4096, write 0+4096" || !bytes.Equal(b.data[512:1512], p) {
+		t.Errorf("a padded write: %d transfers were started", n)
+	}
+	if err := d.Do(t.Context(), write(512, p)); err != nil || b.begun.Load() != 2 {
+		t.Errorf("Do: %d transfers were started (%v)", b.begun.Load()-2, err)
+	}
+	b.fail = func(string) error { return errMedium }
+	r := write(512, p)
+	if submit(d, r); !errors.Is(r.Err, errMedium) {
+		t.Errorf("a failure: %v", r.Err)
+	}
+}
+
 func TestSubmitMerges(t *testing.T) {
 	t.Parallel()
 	p := noise(1, mib)

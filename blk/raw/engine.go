@@ -48,6 +48,9 @@ func (f *File) AIO() AIO {
 	return AIOThreads
 }
 
+// Threadless implements blk.Threadless: past the page cache the ring needs no thread.
+func (f *File) Threadless() bool { return f.ring != nil && f.direct }
+
 const (
 	// inlineMax is the longest read, in bytes, that Start copies out of the page cache itself.
 	inlineMax = 64 << 10
