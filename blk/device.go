@@ -36,7 +36,7 @@ type Device struct {
 	align      int
 
 	size   atomic.Int64
-	own    int                    // the request alignment that the backend asks for itself
+	own    atomic.Int64           // the request alignment that the backend asks for itself
 	told   atomic.Pointer[Limits] // what the backend said last, coarser where that was asked for
 	limits atomic.Pointer[Limits] // the same, with numbers for what is not limited
 
@@ -124,7 +124,7 @@ func (d *Device) measure() error {
 		return err
 	}
 	// Memory can be aligned no better than what goes into it: a request of one byte has no length of 512.
-	d.own = max(told.RequestAlign, 1)
+	d.own.Store(int64(max(told.RequestAlign, 1)))
 	told = told.coarser(max(d.align, told.MemoryAlign))
 	if err := told.check(); err != nil {
 		return err
@@ -134,7 +134,7 @@ func (d *Device) measure() error {
 		return fmt.Errorf("blk: disk of %d bytes: its size must be a multiple of %d below 2^63-%d",
 			size, SectorSize, maxAlign)
 	}
-	if err := fitsCoarser(told, d.own, size); err != nil {
+	if err := fitsCoarser(told, d.own.Load(), size); err != nil {
 		return err
 	}
 	normal := told.normal()
@@ -145,8 +145,8 @@ func (d *Device) measure() error {
 }
 
 // fitsCoarser refuses an alignment, other than the backend's own, that would make the last block end behind the backend's.
-func fitsCoarser(l Limits, own int, size int64) error {
-	if l.RequestAlign > own && size%int64(l.RequestAlign) != 0 {
+func fitsCoarser(l Limits, own, size int64) error {
+	if int64(l.RequestAlign) > own && size%int64(l.RequestAlign) != 0 {
 		return fmt.Errorf("%w: a disk of %d bytes does not consist of blocks of %d", ErrLimits, size, l.RequestAlign)
 	}
 	return nil
@@ -267,7 +267,7 @@ func (d *Device) Truncate(ctx context.Context, size int64) error {
 	case size < 0 || size%SectorSize != 0 || size > math.MaxInt64-maxAlign:
 		return fmt.Errorf("%w: resize to %d bytes: want a multiple of %d below 2^63-%d", ErrRange, size, SectorSize, maxAlign)
 	}
-	if err := errors.Join(d.bitmaps.fits(size), fitsCoarser(d.Limits(), d.own, size)); err != nil {
+	if err := errors.Join(d.bitmaps.fits(size), fitsCoarser(d.Limits(), d.own.Load(), size)); err != nil {
 		return err
 	}
 	return d.remeasure(ctx, func() error {

@@ -32,7 +32,7 @@ func (d *Device) status(off, n int64) (Status, int64, error) {
 		return Status{Flags: StatusData | StatusAllocated}, n, nil
 	}
 	// In the backend's own alignment, which may be finer than that of requests: what is within one block may differ.
-	unit := Limits{RequestAlign: d.own}
+	unit := Limits{RequestAlign: int(d.own.Load())}
 	start, end := unit.down(off), unit.up(off+n)
 	for {
 		s, run, err := d.can.status.BlockStatus(start, end-start)
