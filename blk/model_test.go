@@ -9,6 +9,7 @@ import (
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/blktest"
 	"github.com/kvmlet/kvmlet/blk/mem"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -28,7 +29,7 @@ const (
 
 func (m modelDisk) options() blktest.Options {
 	o := blktest.Options{Open: m.open, Content: m.backing, MaxSize: modelMaxSize, Ops: 60, Seed: m.seed, Timeout: time.Minute}
-	if raceEnabled {
+	if hosttest.Race {
 		o.Ops = 10
 	}
 	return o

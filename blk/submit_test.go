@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -340,7 +341,7 @@ func TestSubmitDoesNotAllocate(t *testing.T) {
 	}
 	for name, requests := range map[string][]*blk.Request{"apart": batch, "merged": adjacent} {
 		d.Submit(t.Context(), requests)
-		if n := testing.AllocsPerRun(100, func() { d.Submit(t.Context(), requests) }); n >= 1 && !raceEnabled {
+		if n := testing.AllocsPerRun(100, func() { d.Submit(t.Context(), requests) }); n >= 1 && !hosttest.Race {
 			t.Errorf("%s: %v allocations", name, n)
 		}
 	}

@@ -15,6 +15,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 )
 
 // scattered returns a Vec of count elements that do not overlap, a third of them empty, over fresh memory, and its size.
@@ -463,7 +465,7 @@ func TestTransfersDoNotAllocate(t *testing.T) {
 		},
 		"EAGAIN": func() { _, _ = Read(b, v[:100]) },
 	}
-	if !raceEnabled {
+	if !hosttest.Race {
 		w := Of(buf[:1000], buf[1000:])
 		ops["cut"] = func() {
 			_, _ = Send(a, w, 500, 1000)

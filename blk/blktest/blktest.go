@@ -18,6 +18,7 @@ import (
 
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/fault"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 )
 
 var (
@@ -76,6 +77,11 @@ func (o *Options) complete() {
 	}
 }
 
+// patience is how long goroutines that are about to end may take. Tests of broken drivers have less.
+var patience = defaultPatience
+
+const defaultPatience = 10 * time.Second
+
 // kinds are the kinds of runs.
 var kinds = []struct {
 	name   string
@@ -132,7 +138,7 @@ func Fuzz(f *testing.F, options func(n uint64) Options) {
 // start makes a disk, runs f on it, and checks what is left behind.
 func start(tb testing.TB, o Options, seed uint64, alone, faults bool, f func(r *run)) {
 	tb.Helper()
-	leaks := countLeaks(tb)
+	leaks := hosttest.Leaks(tb, patience)
 	r := &run{tb: tb, o: o, seed: seed, rand: rand.New(rand.NewPCG(seed, 0)), random: randomBlock()}
 	if alone {
 		r.o.Workers = 1

@@ -6,16 +6,14 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net"
-	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"slices"
 	"testing"
 	"time"
 
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/nbd"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -120,47 +118,16 @@ func export(t testing.TB, e nbd.Export) string {
 	return "nbd+unix:///?socket=" + socket
 }
 
-// descriptors returns what is open, sorted.
-func descriptors(t testing.TB) []string {
-	t.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	must(t, err)
-	var list []string
-	for _, e := range entries {
-		if target, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil { // not that of ReadDir
-			list = append(list, target)
-		}
-	}
-	slices.Sort(list)
-	return list
-}
-
 // leaks fails the test if it leaves a goroutine or a file behind. Tests that call it are not parallel.
 func leaks(t testing.TB) {
 	t.Helper()
-	before, goroutines := descriptors(t), runtime.NumGoroutine()
-	t.Cleanup(func() {
-		for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > goroutines; runtime.Gosched() {
-			if time.Now().After(deadline) {
-				b := make([]byte, 1<<20)
-				t.Fatalf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), goroutines, b[:runtime.Stack(b, true)])
-			}
-		}
-		if after := descriptors(t); len(after) > len(before) {
-			t.Errorf("open files %q, before %q", after, before)
-		}
-	})
+	t.Cleanup(hosttest.Leaks(t, 10*time.Second))
 }
 
 // qemu runs one of QEMU's tools and returns its output and exit status.
 func qemu(t testing.TB, name string, args ...string) (string, int) {
 	t.Helper()
-	if _, err := exec.LookPath(name); err != nil {
-		if os.Getenv("KVMLET_REQUIRE") == "all" {
-			t.Fatalf("%s is missing: apt-get install qemu-utils", name)
-		}
-		t.Skipf("%s is missing: apt-get install qemu-utils", name)
-	}
+	hosttest.Tool(t, name)
 	out, err := exec.CommandContext(context.WithoutCancel(t.Context()), name, args...).CombinedOutput()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {

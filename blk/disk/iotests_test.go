@@ -22,25 +22,12 @@ import (
 	"github.com/kvmlet/kvmlet/blk/mem"
 	"github.com/kvmlet/kvmlet/blk/nbd"
 	"github.com/kvmlet/kvmlet/blk/raw"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
 // The tests in this file have QEMU's tools drive our block layer over NBD, through the patterns of QEMU's own tests of its
 // block layer, whose numbers they carry. Those of throttling (093) are in package blk, in virtual time.
-
-// tool returns the path of a program, or skips the test; with KVMLET_REQUIRE=all it fails.
-func tool(t testing.TB, name string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err == nil {
-		return path
-	}
-	if os.Getenv("KVMLET_REQUIRE") == "all" {
-		t.Fatalf("%v (install it with scripts/setup)", err)
-	}
-	t.Skipf("%v (install it with scripts/setup)", err)
-	return ""
-}
 
 // export serves d on a unix socket until the test ends and returns its URI.
 func export(t *testing.T, d *blk.Device) string {
@@ -90,7 +77,7 @@ func qemuIO(t *testing.T, args []string, commands ...string) {
 	for _, c := range commands {
 		args = append(args, "-c", c)
 	}
-	out, err := exec.Command(tool(t, "qemu-io"), args...).CombinedOutput()
+	out, err := exec.Command(hosttest.Tool(t, "qemu-io"), args...).CombinedOutput()
 	if err != nil || bytes.Contains(out, []byte("failed")) || bytes.Contains(out, []byte("rror")) {
 		t.Fatalf("qemu-io %q: %v\n%s", args, err, out)
 	}
@@ -99,7 +86,7 @@ func qemuIO(t *testing.T, args []string, commands ...string) {
 func run(t *testing.T, name string, args ...string) []byte {
 	t.Helper()
 	var stderr bytes.Buffer
-	cmd := exec.Command(tool(t, name), args...)
+	cmd := exec.Command(hosttest.Tool(t, name), args...)
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
@@ -143,7 +130,7 @@ type session struct {
 func newSession(t *testing.T, uri string, disk *fault.Disk) *session {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // t.Context ends before the clean-up
-	cmd := exec.CommandContext(ctx, tool(t, "qemu-io"), "-f", "raw", uri)
+	cmd := exec.CommandContext(ctx, hosttest.Tool(t, "qemu-io"), "-f", "raw", uri)
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

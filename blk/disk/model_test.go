@@ -22,6 +22,7 @@ import (
 	"github.com/kvmlet/kvmlet/blk/nbd"
 	"github.com/kvmlet/kvmlet/blk/qcow2"
 	"github.com/kvmlet/kvmlet/blk/raw"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -150,7 +151,7 @@ func (m *modelChain) inQEMU(tb testing.TB, want []byte) {
 	for _, args := range [][]string{
 		{"check", "-q", "-f", "qcow2", m.image()}, {"convert", "-f", "qcow2", "-O", "raw", m.image(), out},
 	} {
-		if text, err := exec.Command(tool(tb, "qemu-img"), args...).CombinedOutput(); err != nil {
+		if text, err := exec.Command(hosttest.Tool(tb, "qemu-img"), args...).CombinedOutput(); err != nil {
 			tb.Errorf("qemu-img %q: %v: %s", args, err, text)
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/kvmlet/kvmlet/blk/blktest"
 	"github.com/kvmlet/kvmlet/blk/mem"
 	"github.com/kvmlet/kvmlet/blk/nbd"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -60,7 +61,7 @@ func (m *modelExport) options() blktest.Options {
 	if m.below {
 		o.Injected = func(err error) bool { return errors.Is(err, unix.EIO) }
 	}
-	if raceEnabled {
+	if hosttest.Race {
 		o.Ops = 20
 	}
 	return o

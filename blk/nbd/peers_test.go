@@ -16,6 +16,7 @@ import (
 
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/nbd"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -64,7 +65,7 @@ func (p *program) kill() {
 // nbdkit starts nbdkit.
 func nbdkit(tb testing.TB, args ...string) nbd.Options {
 	tb.Helper()
-	path := tool(tb, "nbdkit", "nbdkit")
+	path := hosttest.Tool(tb, "nbdkit")
 	socket := filepath.Join(tb.TempDir(), "nbdkit.sock")
 	start(tb, socket, path, append([]string{"-f", "-U", socket}, args...)...)
 	return nbd.Options{Network: "unix", Address: socket}
@@ -73,7 +74,7 @@ func nbdkit(tb testing.TB, args ...string) nbd.Options {
 // qemuNBD returns what starts qemu-nbd on a file.
 func qemuNBD(tb testing.TB, size int64, args ...string) (launch func() *program, file string, o nbd.Options) {
 	tb.Helper()
-	path := tool(tb, "qemu-nbd", "qemu-utils")
+	path := hosttest.Tool(tb, "qemu-nbd")
 	dir := tb.TempDir()
 	file, socket := filepath.Join(dir, "file"), filepath.Join(dir, "qemu.sock")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/kvmlet/kvmlet/blk/nbd"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 )
 
 var record = flag.Bool("record", false, "record the seeds of the fuzz tests from servers and clients that are installed here")
@@ -90,11 +91,11 @@ func seed(t *testing.T, target, name string, p []byte) {
 func TestRecordedClients(t *testing.T) {
 	t.Parallel()
 	for name, args := range map[string][]string{
-		"qemu-io": {tool(t, "qemu-io", "qemu-utils"), "-f", "raw", "-c", "write -P 1 0 1k", "-c", "read -P 1 1 700", "-c", "write -z 0 4k",
+		"qemu-io": {hosttest.Tool(t, "qemu-io"), "-f", "raw", "-c", "write -P 1 0 1k", "-c", "read -P 1 1 700", "-c", "write -z 0 4k",
 			"-c", "discard 0 8k", "-c", "flush"},
-		"qemu-map":  {tool(t, "qemu-img", "qemu-utils"), "map", "-f", "raw"},
-		"nbdinfo":   {tool(t, "nbdinfo", "libnbd-bin"), "--list"},
-		"nbdinfo-1": {tool(t, "nbdinfo", "libnbd-bin"), "--map"},
+		"qemu-map":  {hosttest.Tool(t, "qemu-img"), "map", "-f", "raw"},
+		"nbdinfo":   {hosttest.Tool(t, "nbdinfo"), "--list"},
+		"nbdinfo-1": {hosttest.Tool(t, "nbdinfo"), "--map"},
 	} {
 		s, _ := serveMemory(t, 8192)
 		ln := listenUnix(t)

@@ -11,12 +11,13 @@ import (
 
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/nbd"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 )
 
 // QEMU's tools at work on our server.
 func TestServesQEMU(t *testing.T) {
 	t.Parallel()
-	img, qio := tool(t, "qemu-img", "qemu-utils"), tool(t, "qemu-io", "qemu-utils")
+	img, qio := hosttest.Tool(t, "qemu-img"), hosttest.Tool(t, "qemu-io")
 	const size = 8 << 20
 	s, m := serveMemory(t, size)
 	uri := s.uri("disk")
@@ -98,7 +99,7 @@ func TestServesQEMU(t *testing.T) {
 // A format on top of our server.
 func TestServesQEMUQcow2(t *testing.T) {
 	t.Parallel()
-	img, qio := tool(t, "qemu-img", "qemu-utils"), tool(t, "qemu-io", "qemu-utils")
+	img, qio := hosttest.Tool(t, "qemu-img"), hosttest.Tool(t, "qemu-io")
 	s, _ := serveMemory(t, 16<<20)
 	uri := s.uri("")
 	run(t, img, "create", "-f", "qcow2", uri, "8M")
@@ -111,7 +112,7 @@ func TestServesQEMUQcow2(t *testing.T) {
 // libnbd's tools at work on our server.
 func TestServesLibnbd(t *testing.T) {
 	t.Parallel()
-	info, cp := tool(t, "nbdinfo", "libnbd-bin"), tool(t, "nbdcopy", "libnbd-bin")
+	info, cp := hosttest.Tool(t, "nbdinfo"), hosttest.Tool(t, "nbdcopy")
 	const size = 8 << 20
 	m := newMemory(size)
 	d := newDevice(t, m, blk.Options{})
@@ -184,7 +185,7 @@ func TestServesLibnbd(t *testing.T) {
 
 func TestServesLibnbdOverTLS(t *testing.T) {
 	t.Parallel()
-	info, cp := tool(t, "nbdinfo", "libnbd-bin"), tool(t, "nbdcopy", "libnbd-bin")
+	info, cp := hosttest.Tool(t, "nbdinfo"), hosttest.Tool(t, "nbdcopy")
 	c := newCerts(t)
 	m := newMemory(1 << 20)
 	s := &server{Server: nbd.Server{TLS: c.server, Exports: []nbd.Export{{Disk: newDevice(t, m, blk.Options{})}}}}

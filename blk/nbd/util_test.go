@@ -219,19 +219,6 @@ func mustRead(tb testing.TB, c iov.ReaderAt, want []byte, off int64) {
 	}
 }
 
-// tool returns the path of a program, or skips the test; with KVMLET_REQUIRE=all it fails.
-func tool(tb testing.TB, name, pkg string) string {
-	tb.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		if os.Getenv("KVMLET_REQUIRE") == "all" {
-			tb.Fatalf("%s is missing: apt-get install %s", name, pkg)
-		}
-		tb.Skipf("%s is missing: apt-get install %s", name, pkg)
-	}
-	return path
-}
-
 // run runs a program to its end and returns what it printed.
 func run(tb testing.TB, name string, args ...string) string {
 	tb.Helper()

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -287,7 +288,7 @@ func TestCrash(t *testing.T) {
 				verify(t, k, history, readAt(t, im, 0, s.size))
 			}
 			step := max(end/60, 1)
-			if raceEnabled {
+			if hosttest.Race {
 				step *= 5
 			}
 			for k := 0; k <= end; k += 1 + rnd.IntN(step) {
@@ -349,7 +350,7 @@ func TestCrashParallel(t *testing.T) {
 			wg.Wait()
 			mustClose(t, im)
 			step := 1
-			if raceEnabled {
+			if hosttest.Race {
 				step = 10
 			}
 			for k := rnd.IntN(step); k <= len(r.log); k += step {

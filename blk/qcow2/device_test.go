@@ -14,6 +14,7 @@ import (
 	"github.com/kvmlet/kvmlet/blk/blktest"
 	"github.com/kvmlet/kvmlet/blk/fault"
 	"github.com/kvmlet/kvmlet/blk/mem"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -61,7 +62,7 @@ func (m *modelDisk) options() blktest.Options {
 	if m.ops > 0 {
 		o.Ops = m.ops
 	}
-	if raceEnabled {
+	if hosttest.Race {
 		o.Ops = max(o.Ops/5, 4)
 	}
 	return o

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -151,7 +152,7 @@ func FuzzField(f *testing.F) {
 func TestEveryField(t *testing.T) {
 	t.Parallel()
 	step := 8
-	if raceEnabled {
+	if hosttest.Race {
 		step = 64
 	}
 	values := []uint64{1<<63 | 512, 1<<62 | 1<<61, 1<<63 | 0x600, 1<<56 - 512, ^uint64(0), 1<<63 | 1024 | 1}

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -210,14 +211,8 @@ func tryQEMU(t testing.TB, tool string, args ...string) (string, error) {
 
 func needQEMU(t testing.TB) {
 	t.Helper()
-	for _, tool := range []string{"qemu-img", "qemu-io"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			if os.Getenv("KVMLET_REQUIRE") == "all" {
-				t.Fatalf("%s is missing: apt-get install qemu-utils", tool)
-			}
-			t.Skipf("%s is missing: apt-get install qemu-utils", tool)
-		}
-	}
+	hosttest.Tool(t, "qemu-img")
+	hosttest.Tool(t, "qemu-io")
 }
 
 // qemuCheck has qemu-img check an image for everything, leaks included.

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -40,7 +41,7 @@ func TestHotPath(t *testing.T) {
 		if n := m.requests - before; n != 1 {
 			t.Errorf("%s: %d requests to the file, want 1", name, n)
 		}
-		if n := testing.AllocsPerRun(100, f); n > 0 && !raceEnabled {
+		if n := testing.AllocsPerRun(100, f); n > 0 && !hosttest.Race {
 			t.Errorf("%s: %v allocations", name, n)
 		}
 	}

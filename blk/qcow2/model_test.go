@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -94,7 +95,7 @@ func modelWorker(im *Image, model []byte, w, workers, count int, rnd *rand.Rand)
 func TestModel(t *testing.T) {
 	t.Parallel()
 	rounds, count := 12, 120
-	if raceEnabled {
+	if hosttest.Race {
 		rounds = 6
 	}
 	for i, s := range []shape{

@@ -17,6 +17,7 @@ import (
 
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/raw"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -347,7 +348,7 @@ func TestStartDoesNotAllocate(t *testing.T) {
 				// The runtime may make a worker's goroutine anew: after a garbage collection, and always under the race
 				// detector.
 				n := 1.0
-				for try := 0; try < 5 && n != 0 && !raceEnabled; try++ {
+				for try := 0; try < 5 && n != 0 && !hosttest.Race; try++ {
 					n = testing.AllocsPerRun(50, func() {
 						f.Start(ios)
 						for range ios {
@@ -355,7 +356,7 @@ func TestStartDoesNotAllocate(t *testing.T) {
 						}
 					})
 				}
-				if n != 0 && !raceEnabled {
+				if n != 0 && !hosttest.Race {
 					t.Errorf("%s: %v of %d: %v allocations", name, op, depth, n)
 				}
 			}

@@ -14,6 +14,7 @@ import (
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/blktest"
 	"github.com/kvmlet/kvmlet/blk/raw"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 )
 
 const (
@@ -65,7 +66,7 @@ func (m modelFile) options() blktest.Options {
 			}
 		},
 	}
-	if raceEnabled {
+	if hosttest.Race {
 		o.Ops = 15
 	}
 	return o

@@ -17,6 +17,7 @@ import (
 
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/raw"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/guest/lab/labtest"
 	"github.com/kvmlet/kvmlet/iov"
 )
@@ -272,14 +273,7 @@ func TestLock(t *testing.T) {
 // QEMU and we keep away from each other's disks, in both directions, and read a disk together.
 func TestLocksOfQEMU(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"qemu-io", "qemu-img"} {
-		if _, err := exec.LookPath(name); err != nil {
-			if os.Getenv("KVMLET_REQUIRE") == "all" {
-				t.Fatalf("%v (install it with scripts/setup)", err)
-			}
-			t.Skipf("%v (install it with scripts/setup)", err)
-		}
-	}
+	hosttest.Tool(t, "qemu-io")
 	for _, ours := range []bool{false, true} { // whether we are a reader
 		for _, theirs := range []bool{false, true} {
 			path := image(t, pattern(4096))

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 	"github.com/kvmlet/kvmlet/virtio"
 	"github.com/kvmlet/kvmlet/virtio/queue"
@@ -171,7 +172,7 @@ func TestPiecesDoNotAllocate(t *testing.T) {
 			c.Writable = c.Writable.Append(status)
 			serve(dev, r)
 		})
-		if n != 0 && !raceEnabled || status[0] != statusOK {
+		if n != 0 && !hosttest.Race || status[0] != statusOK {
 			t.Errorf("write %v: %v allocations, status %d", write, n, status[0])
 		}
 	}

@@ -8,19 +8,15 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 )
 
 // TestIASL lets ACPI's reference compiler take the tables apart and put them together again: without errors or warnings,
 // and to the same bytes.
 func TestIASL(t *testing.T) {
 	t.Parallel()
-	iasl, err := exec.LookPath("iasl")
-	if err != nil {
-		if os.Getenv("KVMLET_REQUIRE") == "all" {
-			t.Fatal("iasl is missing: apt-get install acpica-tools")
-		}
-		t.Skip("iasl is missing: apt-get install acpica-tools")
-	}
+	iasl := hosttest.Tool(t, "iasl")
 	large := testConfig(300)
 	large.PCI.High = Window{1 << 38, 1 << 37}
 	large.PCI.LastBus = 15

@@ -26,6 +26,7 @@ import (
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/disk"
 	"github.com/kvmlet/kvmlet/blk/nbd"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 	"github.com/kvmlet/kvmlet/vmm/cli/ptytest"
 )
@@ -369,7 +370,7 @@ func TestDiskBenchAllocates(t *testing.T) {
 			}
 			least = min(least, after.Mallocs-before.Mallocs)
 		}
-		if most := uint64(o.count / 50); least > most && !raceEnabled {
+		if most := uint64(o.count / 50); least > most && !hosttest.Race {
 			t.Errorf("writes %t: %d requests allocate %d times", write, o.count, least)
 		}
 		if err := d.Close(); err != nil {

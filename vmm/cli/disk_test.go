@@ -5,7 +5,6 @@ import (
 	"errors"
 	"os"
 	"reflect"
-	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -13,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kvmlet/kvmlet/blk/disk"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 )
 
 var diskCommands = []string{
@@ -478,24 +478,7 @@ func TestDiskLeaks(t *testing.T) {
 		}
 	}
 	runs() // what stays for good is there now
-	files, goroutines := openFiles(t), runtime.NumGoroutine()
+	check := hosttest.Leaks(t, 10*time.Second)
 	runs()
-	for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > goroutines; runtime.Gosched() {
-		if time.Now().After(deadline) {
-			b := make([]byte, 1<<20)
-			t.Fatalf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), goroutines, b[:runtime.Stack(b, true)])
-		}
-	}
-	if now := openFiles(t); now > files {
-		t.Errorf("%d open files, %d before", now, files)
-	}
-}
-
-func openFiles(t *testing.T) int {
-	t.Helper()
-	list, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(list)
+	check()
 }

@@ -1,6 +1,0 @@
-//go:build race
-
-package nbd_test
-
-// raceEnabled is true under the race detector, where sync.Pool drops what it is given at random.
-const raceEnabled = true

@@ -1,5 +1,0 @@
-//go:build !race
-
-package raw_test
-
-const raceEnabled = false

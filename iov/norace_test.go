@@ -1,5 +1,0 @@
-//go:build !race
-
-package iov
-
-const raceEnabled = false

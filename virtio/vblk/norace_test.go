@@ -1,5 +1,0 @@
-//go:build !race
-
-package vblk
-
-const raceEnabled = false
