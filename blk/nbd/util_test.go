@@ -6,7 +6,6 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
@@ -17,6 +16,7 @@ import (
 
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/nbd"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 )
 
@@ -246,18 +246,5 @@ func eventually(tb testing.TB, what string, ok func() bool) {
 // leaks returns a check that nothing has been left behind since. No other test may run meanwhile.
 func leaks(tb testing.TB) func() {
 	tb.Helper()
-	files := func() int {
-		list, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			tb.Fatal(err)
-		}
-		return len(list)
-	}
-	routines, open := runtime.NumGoroutine(), files()
-	return func() {
-		tb.Helper()
-		eventually(tb, "goroutines and files back to what they were", func() bool {
-			return runtime.NumGoroutine() <= routines && files() <= open
-		})
-	}
+	return hosttest.Leaks(tb, timeout)
 }

@@ -314,17 +314,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 					t.Errorf("%d of %s left open", n-before[what], what)
 				}
 			}
-			// Close has waited for them; they may still be on their last instructions.
-			for deadline := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
-				stacks := make([]byte, 1<<20)
-				stacks = stacks[:runtime.Stack(stacks, true)]
-				if !bytes.Contains(stacks, []byte("raw.(*")) {
-					break
-				}
-				if time.Now().After(deadline) {
-					t.Fatalf("a goroutine is left:\n%s", stacks)
-				}
-			}
+			hosttest.Ended(t, "raw.(*", 10*time.Second)
 			maps, err := os.ReadFile("/proc/self/maps")
 			if err != nil || strings.Contains(string(maps), "io_uring") {
 				t.Errorf("a ring is still mapped: %v", err)

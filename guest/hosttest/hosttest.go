@@ -7,13 +7,13 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
 
 // Leaks counts the goroutines and open files of this process and returns a function that fails the test if there are more
-// of them, and goroutines that are about to end have not ended within patience. It is for tests that do not run beside
-// others.
+// of them after patience: some may be about to end. It is for tests that do not run beside others.
 func Leaks(tb testing.TB, patience time.Duration) (check func()) {
 	tb.Helper()
 	// With the first file that can be waited for, the runtime opens two of its own for good.
@@ -25,14 +25,43 @@ func Leaks(tb testing.TB, patience time.Duration) (check func()) {
 	goroutines, files := runtime.NumGoroutine(), openFiles(tb)
 	return func() {
 		tb.Helper()
-		for deadline := time.Now().Add(patience); runtime.NumGoroutine() > goroutines; runtime.Gosched() {
+		for deadline := time.Now().Add(patience); ; runtime.Gosched() {
+			now := openFiles(tb)
+			if runtime.NumGoroutine() <= goroutines && len(now) <= len(files) {
+				return
+			}
 			if time.Now().After(deadline) {
-				buf := make([]byte, 1<<20)
-				tb.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), goroutines, buf[:runtime.Stack(buf, true)])
+				tb.Fatalf("%d goroutines, %d before; open files %q, before %q\n%s",
+					runtime.NumGoroutine(), goroutines, now, files, stacks(tb))
 			}
 		}
-		if now := openFiles(tb); len(now) > len(files) {
-			tb.Errorf("open files %q, before %q", now, files)
+	}
+}
+
+// Ended waits until no goroutine of this process is in function, a name as stacks have it or a part of one, and fails the
+// test after patience. What a sync.WaitGroup has waited for may be there yet: between Done and its last instruction.
+func Ended(tb testing.TB, function string, patience time.Duration) {
+	tb.Helper()
+	for deadline := time.Now().Add(patience); Running(tb, function) > 0; runtime.Gosched() {
+		if time.Now().After(deadline) {
+			tb.Fatalf("%d goroutines in %s\n%s", Running(tb, function), function, stacks(tb))
+		}
+	}
+}
+
+// Running returns how often function, a name as stacks have it or a part of one, is in the stacks of this process.
+func Running(tb testing.TB, function string) int {
+	tb.Helper()
+	return strings.Count(stacks(tb), function)
+}
+
+// stacks returns those of all goroutines, whole.
+func stacks(tb testing.TB) string {
+	tb.Helper()
+	for size := 1 << 20; ; size *= 2 {
+		buf := make([]byte, size)
+		if n := runtime.Stack(buf, true); n < size {
+			return string(buf[:n])
 		}
 	}
 }

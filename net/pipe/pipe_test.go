@@ -7,10 +7,10 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
-	"runtime"
 	"testing"
 	"time"
 
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 	"github.com/kvmlet/kvmlet/net"
 )
@@ -239,7 +239,7 @@ func BenchmarkPipe(b *testing.B) {
 
 // TestNoLeaks leaves no timer's goroutine, and none that waits.
 func TestNoLeaks(t *testing.T) {
-	before := runtime.NumGoroutine()
+	leaks := hosttest.Leaks(t, 30*time.Second)
 	for range 20 {
 		a, b := New(Options{})
 		done := wait(b.Recv)
@@ -249,9 +249,5 @@ func TestNoLeaks(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	for deadline := time.Now().Add(30 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d goroutines, %d before", runtime.NumGoroutine(), before)
-		}
-	}
+	leaks()
 }

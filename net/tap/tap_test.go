@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net/netip"
 	"os"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -13,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/iov"
 	"github.com/kvmlet/kvmlet/net"
 	"github.com/kvmlet/kvmlet/net/tap/taptest"
@@ -464,19 +464,9 @@ func TestNoLeaks(t *testing.T) {
 		}
 	}
 	round()
-	files, routines := openFiles(t), runtime.NumGoroutine()
+	leaks := hosttest.Leaks(t, 30*time.Second)
 	for range 20 {
 		round()
 	}
-	if n := openFiles(t); n > files {
-		t.Errorf("%d open files, %d before", n, files)
-	}
-	if n := runtime.NumGoroutine(); n > routines {
-		t.Errorf("%d goroutines, %d before", n, routines)
-	}
-}
-
-func openFiles(tb testing.TB) int {
-	tb.Helper()
-	return len(must(os.ReadDir("/proc/self/fd"))(tb))
+	leaks()
 }

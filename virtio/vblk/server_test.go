@@ -5,13 +5,13 @@ import (
 	"errors"
 	"math/rand/v2"
 	"runtime"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 	"github.com/kvmlet/kvmlet/virtio"
 	"github.com/kvmlet/kvmlet/virtio/queue"
 	"github.com/kvmlet/kvmlet/virtio/queue/queuetest"
@@ -231,7 +231,7 @@ func TestResetLeavesNothing(t *testing.T) { // not parallel: it counts the gorou
 				tr.Drivers[0].Wait()
 			}
 		}
-		if n := workerCount(t); n == 0 {
+		if hosttest.Running(t, "vblk.(*server).") == 0 {
 			t.Fatal("no worker runs: this test counts the wrong thing")
 		}
 		for range 2 { // the second finds nothing to do
@@ -239,9 +239,7 @@ func TestResetLeavesNothing(t *testing.T) { // not parallel: it counts the gorou
 				t.Fatal(err)
 			}
 		}
-		if n := workerCount(t); n != 0 {
-			t.Fatalf("%d workers left after Reset", n)
-		}
+		hosttest.Ended(t, "vblk.(*server).", queuetest.Timeout)
 		if m.underway.Load() != 0 {
 			t.Fatal("a request is under way after Reset")
 		}
@@ -303,16 +301,6 @@ func resetSlowDisk(t *testing.T) {
 			t.Fatal("guest memory was written after Reset")
 		}
 	}
-}
-
-func workerCount(t *testing.T) int {
-	t.Helper()
-	buf := make([]byte, 1<<20)
-	n := runtime.Stack(buf, true)
-	if n == len(buf) {
-		t.Fatal("too many goroutines to look at")
-	}
-	return strings.Count(string(buf[:n]), "vblk.(*server).")
 }
 
 // A queue that can't be followed stops, asks for a reset once, and returns what was under way.
