@@ -4,15 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
-	"sync/atomic"
 )
 
-// bitmapList is the bitmaps of a Device. Writes read it without a lock.
-type bitmapList struct {
-	list atomic.Pointer[[]*Bitmap]
-	mu   sync.Mutex // held by those who change list
-}
+// bitmapList is the bitmaps of a Device.
+type bitmapList struct{ sharedList[Bitmap] }
 
 // AddBitmap adds an enabled bitmap, which shows what changes from now on, in granules of granularity bytes: a power of
 // two from 512 to 2^31. Errors: ErrBitmap.
@@ -27,7 +22,7 @@ func (d *Device) AddBitmap(name string, granularity int64) (*Bitmap, error) {
 	if err != nil {
 		return nil, err
 	}
-	l.set(append(slices.Clone(l.all()), b))
+	l.add(b)
 	return b, nil
 }
 
@@ -50,15 +45,6 @@ func (d *Device) RemoveBitmap(name string) bool {
 	return true
 }
 
-func (l *bitmapList) all() []*Bitmap {
-	if list := l.list.Load(); list != nil {
-		return *list
-	}
-	return nil
-}
-
-func (l *bitmapList) set(list []*Bitmap) { l.list.Store(&list) }
-
 func (l *bitmapList) find(name string) *Bitmap {
 	for _, b := range l.all() {
 		if b.Name() == name {
@@ -66,10 +52,6 @@ func (l *bitmapList) find(name string) *Bitmap {
 		}
 	}
 	return nil
-}
-
-func (l *bitmapList) remove(b *Bitmap) {
-	l.set(slices.DeleteFunc(slices.Clone(l.all()), func(o *Bitmap) bool { return o == b }))
 }
 
 // mark notes that n bytes at off changed. A bitmap that is added at the same time may miss it: that write was over before

@@ -138,6 +138,15 @@ type IO struct {
 	Driver uint64 // the driver's own while it has the IO
 }
 
+// Transfer carries io out by ReadVecAt or WriteVecAt of b and sets N and Err. To call Done is left to the caller.
+func (io *IO) Transfer(b Backend) {
+	if io.Op == OpRead {
+		io.N, io.Err = b.ReadVecAt(io.Vec, io.Off)
+	} else {
+		io.N, io.Err = b.WriteVecAt(io.Vec, io.Off)
+	}
+}
+
 // Status tells what is known of a run of bytes.
 type Status struct {
 	Flags  StatusFlags

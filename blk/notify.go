@@ -14,32 +14,44 @@ import (
 // with its error.
 type BeforeWrite func(ctx context.Context, old iov.ReaderAt, off, n int64) error
 
-// listeners is a list of functions that is read without a lock.
-type listeners[F any] struct {
-	list atomic.Pointer[[]*F]
+// sharedList is a list that is read without a lock. Its readers see it as it was before or after a change.
+type sharedList[E any] struct {
+	list atomic.Pointer[[]*E]
 	mu   sync.Mutex // held by those who change list
 }
 
-// add returns a function that removes f again.
-func (l *listeners[F]) add(f F) (remove func()) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	entry := &f
-	list := append(slices.Clone(l.all()), entry)
-	l.list.Store(&list)
-	return func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		list := slices.DeleteFunc(slices.Clone(l.all()), func(e *F) bool { return e == entry })
-		l.list.Store(&list)
-	}
-}
-
-func (l *listeners[F]) all() []*F {
+func (l *sharedList[E]) all() []*E {
 	if list := l.list.Load(); list != nil {
 		return *list
 	}
 	return nil
+}
+
+// add and remove change the list. mu is held.
+func (l *sharedList[E]) add(e *E) {
+	list := append(slices.Clone(l.all()), e)
+	l.list.Store(&list)
+}
+
+func (l *sharedList[E]) remove(e *E) {
+	list := slices.DeleteFunc(slices.Clone(l.all()), func(o *E) bool { return o == e })
+	l.list.Store(&list)
+}
+
+// listeners are functions to be called.
+type listeners[F any] struct{ sharedList[F] }
+
+// listen returns a function that removes f again.
+func (l *listeners[F]) listen(f F) (remove func()) {
+	entry := &f
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.add(entry)
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.remove(entry)
+	}
 }
 
 // NotifyBeforeWrite has f called before every change of the disk's bytes until remove is called: how a backup keeps the
@@ -51,13 +63,13 @@ func (d *Device) NotifyBeforeWrite(ctx context.Context, f BeforeWrite) (remove f
 		return nil, err
 	}
 	defer d.Undrain()
-	return d.beforeWrite.add(f), nil
+	return d.beforeWrite.listen(f), nil
 }
 
 // OnResize has f called after the size of the disk changed, with the new size, until remove is called. Where it changes
 // twice in a row the calls may come in either order; Size is right. A call may still be under way when remove returns. f
 // must not resize the disk.
-func (d *Device) OnResize(f func(size int64)) (remove func()) { return d.onResize.add(f) }
+func (d *Device) OnResize(f func(size int64)) (remove func()) { return d.onResize.listen(f) }
 
 // oldBytes reads a Device from within one of its requests: the gate may be shut behind that one.
 type oldBytes struct{ d *Device }

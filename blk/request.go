@@ -141,9 +141,9 @@ func (d *Device) do(ctx context.Context, r *Request) (int64, error) {
 		err = d.readTracked(ctx, r, n)
 	default:
 		// A read needs no turn of its own: a write that it overlaps was not done when it came.
-		if err = d.takeSlot(ctx, r); err == nil {
+		if err = d.takeSlot(ctx); err == nil {
 			err = d.readBytes(ctx, r.Vec, r.Off, int(n))
-			d.leaveSlot(r)
+			d.leaveSlot(ctx)
 		}
 	}
 	if err != nil {
@@ -185,10 +185,10 @@ func (d *Device) readTracked(ctx context.Context, r *Request, n int64) error {
 		return err
 	}
 	defer d.tracker.end(&w.tracked)
-	if err := d.takeSlot(ctx, r); err != nil {
+	if err := d.takeSlot(ctx); err != nil {
 		return err
 	}
-	defer d.leaveSlot(r)
+	defer d.leaveSlot(ctx)
 	return d.readThrough(ctx, r.Vec, r.Off, int(n))
 }
 
@@ -213,10 +213,10 @@ func (d *Device) change(ctx context.Context, r *Request, n int64) error {
 	if err := d.notifyBeforeWrite(ctx, r.Off, n); err != nil {
 		return err
 	}
-	if err := d.takeSlot(ctx, r); err != nil {
+	if err := d.takeSlot(ctx); err != nil {
 		return err
 	}
-	defer d.leaveSlot(r)
+	defer d.leaveSlot(ctx)
 	stable := (r.Flags&FUA != 0 || d.through) && !d.noFlush && r.Op != OpDiscard
 	forced, err := d.apply(ctx, r, n, stable)
 	d.changed(r.Off, n) // whatever came of it: some of the bytes may be new

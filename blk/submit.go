@@ -50,14 +50,18 @@ type submitted struct {
 	order   int // place in its batch
 	io      IO
 	tracked tracked
-	merged  *merged  // set for a request that stands for others
-	next    *Request // to be carried out when this one is done
-	slot    bool     // it needs one of Device.slots while it is with the backend
-	waits   patient  // its context, where a goroutine of the Device's carries it out
+	merged  *merged    // set for a request that stands for others
+	next    *Request   // to be carried out when this one is done
+	own     ownContext // ctx, where a goroutine of the Device's carries it out
 }
 
-// patient is the context of a request that nobody's goroutine waits for but the Device's own.
-type patient struct{ context.Context }
+// ownContext is the context of a request that a goroutine of the Device's carries out, and not one that called Do.
+type ownContext struct{ context.Context }
+
+func onOwnGoroutine(ctx context.Context) bool {
+	_, ok := ctx.(*ownContext)
+	return ok
+}
 
 // waiter waits for one transfer of a Starter.
 type waiter struct {
@@ -75,7 +79,7 @@ var waiters = sync.Pool{New: func() any {
 // call has the backend carry out one transfer. Whoever calls Do has come to wait, and gets the shortest way. A goroutine of
 // the Device's own has the backend carry it out by itself, where that takes no thread while it waits.
 func (d *Device) call(ctx context.Context, op Op, v iov.Vec, off int64) (int, error) {
-	if _, ok := ctx.(*patient); ok && d.can.threadless {
+	if d.can.threadless && onOwnGoroutine(ctx) {
 		w := waiters.Get().(*waiter)
 		w.io = IO{Op: op, Vec: v, Off: off, Done: waited, Owner: w}
 		d.can.starter.Start(w.batch[:])
@@ -225,10 +229,10 @@ func (d *Device) complete(r *Request, n int64, err error) {
 // thread, and how many requests there are is for guests to say.
 const maxSlots = 64
 
-// takeSlot waits until r may go to the backend. What a request waits for otherwise comes before: no slot is held by one
-// that waits for another.
-func (d *Device) takeSlot(ctx context.Context, r *Request) error {
-	if !r.submitted.slot {
+// takeSlot waits until a submitted request may go to the backend. What it waits for otherwise comes before: no slot is held
+// by one that waits for another.
+func (d *Device) takeSlot(ctx context.Context) error {
+	if !onOwnGoroutine(ctx) {
 		return nil
 	}
 	select {
@@ -239,8 +243,8 @@ func (d *Device) takeSlot(ctx context.Context, r *Request) error {
 	}
 }
 
-func (d *Device) leaveSlot(r *Request) {
-	if r.submitted.slot {
+func (d *Device) leaveSlot(ctx context.Context) {
+	if onOwnGoroutine(ctx) {
 		<-d.slots
 	}
 }
@@ -282,10 +286,8 @@ func (d *Device) doSubmitted(r *Request) {
 		return
 	}
 	defer d.gate.leave()
-	r.submitted.slot = true
-	r.submitted.waits.Context = r.submitted.ctx
-	n, err := d.do(&r.submitted.waits, r)
-	r.submitted.slot = false
+	r.submitted.own.Context = r.submitted.ctx
+	n, err := d.do(&r.submitted.own, r)
 	d.complete(r, n, err)
 }
 

@@ -33,11 +33,7 @@ func (s *starting) Start(batch []*blk.IO) {
 			if s.hold != nil {
 				<-s.hold
 			}
-			if io.Op == blk.OpRead {
-				io.N, io.Err = s.ReadVecAt(io.Vec, io.Off)
-			} else {
-				io.N, io.Err = s.WriteVecAt(io.Vec, io.Off)
-			}
+			io.Transfer(s.strict)
 			io.Done(io)
 		}()
 	}
@@ -352,11 +348,7 @@ type inline struct{ *memory }
 
 func (s *inline) Start(batch []*blk.IO) {
 	for _, io := range batch {
-		if io.Op == blk.OpRead {
-			io.N, io.Err = s.ReadVecAt(io.Vec, io.Off)
-		} else {
-			io.N, io.Err = s.WriteVecAt(io.Vec, io.Off)
-		}
+		io.Transfer(s.memory)
 		io.Done(io)
 	}
 }

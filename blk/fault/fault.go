@@ -370,11 +370,7 @@ func (a *Async) watch(io *blk.IO) *blk.IO {
 }
 
 func (a *Async) do(io *blk.IO) {
-	if io.Op == blk.OpRead {
-		io.N, io.Err = a.ReadVecAt(io.Vec, io.Off)
-	} else {
-		io.N, io.Err = a.WriteVecAt(io.Vec, io.Off)
-	}
+	io.Transfer(a)
 	io.Done(io)
 }
 

@@ -84,10 +84,6 @@ func (a *Async) run() {
 }
 
 func (a *Async) do(io *blk.IO) {
-	if io.Op == blk.OpRead {
-		io.N, io.Err = a.ReadVecAt(io.Vec, io.Off)
-	} else {
-		io.N, io.Err = a.WriteVecAt(io.Vec, io.Off)
-	}
+	io.Transfer(a)
 	io.Done(io)
 }

@@ -63,8 +63,6 @@ type flushRun struct {
 	err  error
 }
 
-func (q *flushQueue) init() {}
-
 // Flush implements blk.Backend.
 func (im *Image) Flush() error {
 	if im.o.ReadOnly {

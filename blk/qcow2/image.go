@@ -326,7 +326,6 @@ func (im *Image) openBacking() error {
 // prepare gets a checked image ready for requests.
 func (im *Image) prepare() error {
 	im.cow.New = func() any { b := make([]byte, im.cluster); return &b }
-	im.queue.init()
 	im.dec.init(im)
 	h := im.h
 	im.lazy = h.version >= 3 && (h.compat&compatLazy != 0 && im.o.LazyRefcounts == AsImage || im.o.LazyRefcounts == On)

@@ -161,13 +161,21 @@ func (im *Image) truncate(size int64) error {
 		return err
 	}
 	return im.exclusive(func() (bool, error) {
-		if err := im.updateHeader(func(h *header) { h.size = uint64(size) }); err != nil {
+		if err := im.setSize(size); err != nil {
 			return true, err
 		}
-		im.size.Store(size)
 		// Last, because without its tables a disk that still has its old size would show its backing file.
 		return true, im.dropTables(im.l1Entries(size))
 	})
+}
+
+// setSize gives the disk another size, in the header first.
+func (im *Image) setSize(size int64) error {
+	if err := im.updateHeader(func(h *header) { h.size = uint64(size) }); err != nil {
+		return err
+	}
+	im.size.Store(size)
+	return nil
 }
 
 // cutEntry forgets a cluster behind the end of the disk. Until the disk has its new size, and for good if that fails, the
@@ -208,11 +216,7 @@ func (im *Image) extend(old, size int64) error {
 		return err
 	}
 	return im.exclusive(func() (bool, error) {
-		if err := im.updateHeader(func(h *header) { h.size = uint64(size) }); err != nil {
-			return true, err
-		}
-		im.size.Store(size)
-		return true, nil
+		return true, im.setSize(size)
 	})
 }
 

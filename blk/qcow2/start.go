@@ -85,10 +85,6 @@ func (s *started) passed(r *blk.Request) {
 
 // serve carries out a transfer as if it had come one by one.
 func (im *Image) serve(io *blk.IO) {
-	if io.Op == blk.OpWrite {
-		io.N, io.Err = im.WriteVecAt(io.Vec, io.Off)
-	} else {
-		io.N, io.Err = im.ReadVecAt(io.Vec, io.Off)
-	}
+	io.Transfer(im)
 	io.Done(io)
 }
