@@ -20,8 +20,9 @@ const (
 	// others. Then the reaper takes over.
 	ringRounds = 16
 
-	// ringChunk is how many completions are taken before what their Done starts is submitted, so that the medium has
-	// work again while Done is called for the others.
+	// ringChunk is how many completions, at most, are taken before what their Done starts is submitted. Of those that
+	// came together one is taken, then two, then four: the medium, which may have nothing left to do, has work again at
+	// once and ever more of it, while Done is called for the others.
 	ringChunk = 16
 )
 
@@ -46,6 +47,7 @@ type ring struct {
 	// The driver's own, as the memory's entries and indexes are.
 	flying []*blk.IO // by their number in the ring: what the kernel has, which the garbage collector can't see there
 	free   []uint32  // numbers that no transfer has
+	chunk  uint32    // how many completions to take next, ringChunk at most
 
 	efd    int
 	wake   *os.File      // owns efd
@@ -63,7 +65,9 @@ func newRing(f *File) (*ring, error) {
 		mem.close()
 		return nil, os.NewSyscallError("eventfd", err)
 	}
-	r := &ring{file: f, mem: mem, efd: efd, wake: os.NewFile(uintptr(efd), "io_uring eventfd"), reaped: make(chan struct{})}
+	r := &ring{
+		file: f, mem: mem, chunk: 1, efd: efd, wake: os.NewFile(uintptr(efd), "io_uring eventfd"), reaped: make(chan struct{}),
+	}
 	r.idle.L = &r.mu
 	for i := range uint32(len(mem.sqes)) {
 		r.free = append(r.free, i)
@@ -218,11 +222,14 @@ func (r *ring) submit(n int) {
 // completed reports whether there are completions to take.
 func (r *ring) completed() bool { return r.mem.cqHead.Load() != r.mem.cqTail.Load() }
 
-// complete takes completions that are there, up to ringChunk.
+// complete takes completions that are there, up to chunk.
 func (r *ring) complete() {
 	head, tail := r.mem.cqHead.Load(), r.mem.cqTail.Load()
-	if tail-head > ringChunk {
-		tail = head + ringChunk
+	if tail-head > r.chunk {
+		tail = head + r.chunk
+		r.chunk = min(2*r.chunk, ringChunk)
+	} else {
+		r.chunk = 1
 	}
 	for ; head != tail; head++ {
 		e := r.mem.cqes[head&uint32(len(r.mem.cqes)-1)]
