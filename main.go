@@ -11,7 +11,7 @@ import (
 )
 
 // minProcs is how many threads run Go code at a time, at least.
-const minProcs = 4
+const minProcs = 8
 
 func main() {
 	if agent.IsInit() { // in a guest this same program is /init
