@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/bits"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -44,8 +45,8 @@ func newDiskBench(s streams) *cobra.Command {
 		Short: "Measure how fast a disk is",
 		Long: `bench reads a disk, or with --write overwrites it, and keeps --depth requests under way until
 --count have ended. The sequential pattern begins at --offset and goes on by --step bytes with each
-request, and at the end of the disk begins anew; the random one takes any block of the same grid.
-Every --flush-interval writes one flush is sent, which does not hold up the others.
+request, from the end of the disk on to its beginning; the random one takes any block of the same
+grid. Every --flush-interval writes one flush is sent, which does not hold up the others.
 
 It prints requests and bytes for each second, and how long requests took.`,
 		Example: `  kvmlet disk bench --cache none --pattern random test.img
@@ -137,7 +138,8 @@ type bench struct {
 	buffers *benchBuffers
 	slots   []benchSlot
 	ends    sync.WaitGroup // of the slots
-	blocks  int64          // places that a request may have
+	blocks  uint64         // places that a request may have on the grid of steps
+	around  uint64         // bytes after which the sequential pattern begins anew
 
 	next     atomic.Int64 // requests that were begun
 	finished atomic.Int64
@@ -162,7 +164,11 @@ func (o *benchOptions) bench(d *blk.Device) (*bench, error) {
 		return nil, fmt.Errorf("disk %s: its %d bytes have no room for %v at byte %v",
 			o.disk.spec.Path, d.Size(), &o.size, &o.offset)
 	}
-	b := &bench{o: o, d: d, blocks: room/int64(o.step) + 1, slots: make([]benchSlot, min(int64(o.depth), o.count))}
+	b := &bench{o: o, d: d, slots: make([]benchSlot, min(int64(o.depth), o.count))}
+	b.blocks = uint64(room)/uint64(o.step) + 1
+	// On from the end at a place where a request has room, whatever the step is: places are multiples of unit.
+	unit := gcd(uint64(o.step), uint64(o.size))
+	b.around = (uint64(room)/unit + 1) * unit
 	var err error
 	buffers := len(b.slots)
 	if o.oneBuffer {
@@ -178,6 +184,13 @@ func (o *benchOptions) bench(d *blk.Device) (*bench, error) {
 		t.r.Done = t.done
 	}
 	return b, nil
+}
+
+func gcd(a, b uint64) uint64 {
+	for b > 0 {
+		a, b = b, a%b
+	}
+	return a
 }
 
 func (b *bench) run(ctx context.Context, progress func(done, total int64)) error {
@@ -241,15 +254,18 @@ func (t *benchSlot) aim() bool {
 		b.ends.Done()
 		return false
 	}
-	block := (n - 1) % b.blocks
+	var at int64
 	if b.o.pattern == patternRandom {
-		block = int64(t.rand.Uint64() % uint64(b.blocks))
+		at = int64(t.rand.Uint64()%b.blocks) * int64(b.o.step)
+	} else {
+		hi, lo := bits.Mul64(uint64(n-1), uint64(b.o.step))
+		at = int64(bits.Rem64(hi, lo, b.around))
 	}
 	t.r.Op, t.r.Vec = blk.OpRead, t.vec
 	if b.o.write {
 		t.r.Op = blk.OpWrite
 	}
-	t.r.Off = int64(b.o.offset) + block*int64(b.o.step)
+	t.r.Off = int64(b.o.offset) + at
 	return true
 }
 

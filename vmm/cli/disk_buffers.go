@@ -3,30 +3,42 @@ package cli
 import (
 	"fmt"
 
-	"golang.org/x/sys/unix"
+	"github.com/kvmlet/kvmlet/guest/memory"
 )
 
-// benchBuffers is memory that is aligned to pages, as O_DIRECT wants it, so that nothing is copied to align it.
+// benchBuffers is what requests of `disk bench` read to and write from. It lies in memory as that of a guest does: in huge
+// pages where the host has them, so that a disk past the page cache meets few pieces.
 type benchBuffers struct {
-	memory []byte
+	memory *memory.Memory
+	all    []byte
 	stride int
 	size   int
 }
 
-// newBenchBuffers returns n buffers of size bytes.
+// newBenchBuffers returns n buffers of size bytes, each at the start of a page, so that nothing is copied to align it.
 func newBenchBuffers(n, size int) (*benchBuffers, error) {
-	const page = 4096
-	stride := (size + page - 1) &^ (page - 1)
-	m, err := unix.Mmap(-1, 0, n*stride, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	stride := (size + memory.PageSize - 1) &^ (memory.PageSize - 1)
+	const whole = 2 << 20 // of huge pages
+	total := (uint64(n)*uint64(stride) + whole - 1) &^ (whole - 1)
+	if total > memory.HoleStart {
+		return nil, fmt.Errorf("%d requests of %d bytes: want %d bytes at most in all (lower --depth or --size)",
+			n, size, int64(memory.HoleStart))
+	}
+	m, err := memory.New(total)
 	if err != nil {
 		return nil, fmt.Errorf("memory for %d requests of %d bytes: %w (lower --depth or --size)", n, size, err)
 	}
-	for i := range m { // pages that are there, and not zero, which some storage treats otherwise
-		m[i] = byte(i>>8) | 1
+	all, err := m.Bytes(0, total)
+	if err != nil {
+		_ = m.Close()
+		return nil, err
 	}
-	return &benchBuffers{memory: m, stride: stride, size: size}, nil
+	for i := range all { // pages that are there, and not zero, which some storage treats otherwise
+		all[i] = byte(i>>8) | 1
+	}
+	return &benchBuffers{memory: m, all: all, stride: stride, size: size}, nil
 }
 
-func (b *benchBuffers) at(i int) []byte { return b.memory[i*b.stride:][:b.size:b.size] }
+func (b *benchBuffers) at(i int) []byte { return b.all[i*b.stride:][:b.size:b.size] }
 
-func (b *benchBuffers) Close() { _ = unix.Munmap(b.memory) } // of our own making
+func (b *benchBuffers) Close() { _ = b.memory.Close() } // nothing uses it any more
