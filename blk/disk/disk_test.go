@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -59,6 +60,7 @@ func TestThrottleText(t *testing.T) {
 	for text, want := range map[string]blk.Throttle{
 		"bps-total=10M":                             {BPSTotal: blk.Rate{Avg: 10 << 20}},
 		"iops-read=500,iops-read-max=1K":            {IOPSRead: blk.Rate{Avg: 500, Max: 1024}},
+		"bps-total=1.5m":                            {BPSTotal: blk.Rate{Avg: 3 << 19}},
 		"iops-read=500:iops-read-max=1K":            {IOPSRead: blk.Rate{Avg: 500, Max: 1024}},
 		"bps-write=1G,bps-write-max=2G,iops-size=0": {BPSWrite: blk.Rate{Avg: 1 << 30, Max: 2 << 30}},
 	} {
@@ -68,11 +70,38 @@ func TestThrottleText(t *testing.T) {
 	}
 	for text, want := range map[string]string{
 		"": "not a number", "bps-total": "not a number", "bps-total=": "not a number", "bps-total=-1": "not a number",
-		"bps-total=1KK": "not a number", "bps-total=9999999T": "not a number", "warp=9": "no limit is called",
+		"bps-total=1KK": "not a number", "bps-total=8388608T": "too large", "bps-total=0.3": "not a whole number", "warp=9": "no limit is called",
 		"bps-total=1,bps-read=1": "together with", "bps-total-max=5": "without bps-total",
 	} {
 		if _, err := ParseThrottle(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+}
+
+func TestParseNumber(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]uint64{
+		"0": 0, "512": 512, "512B": 512, "64K": 64 << 10, "64k": 64 << 10, "2GiB": 2 << 30, "2gb": 2 << 30, "3Ti": 3 << 40,
+		"1.5G": 1610612736, "0.5K": 512, "1.0": 1, "1.25M": 1310720, "2.000T": 2 << 40, "0.0009765625K": 1,
+		"0.0000000000009094947017729282379150390625T": 1, // 2 to the power of -40
+		"18446744073709551615":                        math.MaxUint64,
+		"18014398509481983.9990234375K":               math.MaxUint64,
+	} {
+		if n, err := ParseNumber(text); err != nil || n != want {
+			t.Errorf("%q is %d, %v, want %d", text, n, err, want)
+		}
+	}
+	for text, want := range map[string]error{
+		"": errNumber, "K": errNumber, "B": errNumber, "much": errNumber, "-1": errNumber, "+1": errNumber, " 1": errNumber,
+		"1I": errNumber, "1KK": errNumber, "1KMi": errNumber, "1BB": errNumber, "1P": errNumber, "0x10": errNumber,
+		"1e3": errNumber, "1_000": errNumber, "1/2": errNumber, ".5G": errNumber, "1.G": errNumber, "1.5.5G": errNumber,
+		"1,5G": errNumber, "1\u212a": errNumber, "\u0661": errNumber, "Inf": errNumber,
+		"1.5": errWhole, "1.5B": errWhole, "1.0001K": errWhole, "0.1G": errWhole,
+		"18446744073709551616": errLarge, "16777216T": errLarge, "16777215.9999999999999999T": errWhole,
+	} {
+		if n, err := ParseNumber(text); !errors.Is(err, want) {
+			t.Errorf("%q is %d, %v, want %v", text, n, err, want)
 		}
 	}
 }

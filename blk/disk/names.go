@@ -1,10 +1,11 @@
 package disk
 
 import (
+	"errors"
 	"fmt"
 	"math"
+	"math/big"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/kvmlet/kvmlet/blk"
@@ -153,17 +154,19 @@ func (b Backing) String() string {
 }
 
 // ParseThrottle reads limits as name=value joined by commas or colons, such as bps-total=10M,iops-read=500, with the names
-// of blk.Throttle.SetParam. A value may have K, M, G or T behind it, which are powers of 1024. Errors match
-// blk.ErrThrottle where a limit makes no sense.
+// of blk.Throttle.SetParam and numbers as for ParseNumber. Errors match blk.ErrThrottle where a limit makes no sense.
 func ParseThrottle(s string) (blk.Throttle, error) {
 	var t blk.Throttle
 	for part := range strings.SplitSeq(strings.ReplaceAll(s, ":", ","), ",") {
 		name, value, _ := strings.Cut(part, "=")
-		n, err := parseCount(value)
-		if err != nil {
-			return t, fmt.Errorf("throttle %s: %w", part, err)
+		n, err := ParseNumber(value)
+		if n > math.MaxInt64 {
+			err = errLarge
 		}
-		if err := t.SetParam(name, n); err != nil {
+		if err != nil {
+			return t, fmt.Errorf("throttle %s: %q is %w", part, value, err)
+		}
+		if err := t.SetParam(name, int64(n)); err != nil {
 			return t, &limitError{err}
 		}
 	}
@@ -179,18 +182,40 @@ type limitError struct{ err error }
 func (e *limitError) Error() string { return strings.TrimPrefix(e.err.Error(), "blk: ") }
 func (e *limitError) Unwrap() error { return e.err }
 
-func parseCount(s string) (int64, error) {
-	digits := strings.TrimRight(s, "KMGT")
-	shift := 0
-	if unit := s[len(digits):]; len(unit) == 1 {
-		shift = 10 * (strings.Index("KMGT", unit) + 1)
+// Why ParseNumber refuses something.
+var (
+	errNumber = errors.New("not a number, or one with K, M, G or T behind it")
+	errWhole  = errors.New("not a whole number")
+	errLarge  = errors.New("too large a number")
+)
+
+// ParseNumber reads a number that may have a unit of 1024 behind it, K, M, G or T, as in 512, 64K or 2GiB. It may have a
+// fraction if it comes to a whole number all the same: 1.5G is 1610612736. The text of an error begins with "not" or "too",
+// to stand behind what is said of s.
+func ParseNumber(s string) (uint64, error) {
+	s = strings.TrimSuffix(strings.ToUpper(s), "B")
+	digits, unit := s, int64(1)
+	for i, name := range []string{"K", "M", "G", "T"} {
+		if d, ok := strings.CutSuffix(strings.TrimSuffix(s, "I"), name); ok {
+			digits, unit = d, 1<<(10*(i+1))
+		}
 	}
-	n, err := strconv.ParseInt(digits, 10, 64)
-	if err != nil || n < 0 || len(s)-len(digits) > 1 || n > math.MaxInt64>>shift {
-		return 0, fmt.Errorf("%q is not a number, or one with K, M, G or T behind it", s)
+	whole, fraction, dot := strings.Cut(digits, ".")
+	if !allDigits(whole) || dot && !allDigits(fraction) {
+		return 0, errNumber
 	}
-	return n << shift, nil
+	n, _ := new(big.Rat).SetString(digits)
+	n.Mul(n, new(big.Rat).SetInt64(unit))
+	switch {
+	case !n.IsInt():
+		return 0, errWhole
+	case !n.Num().IsUint64():
+		return 0, errLarge
+	}
+	return n.Num().Uint64(), nil
 }
+
+func allDigits(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
 
 func name(names []string, i int) string {
 	if i < len(names) {

@@ -119,9 +119,9 @@ func newDiskCreate(s streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "create [flags] PATH [SIZE]",
 		Short: "Make a disk",
-		Long: `create makes a disk of SIZE bytes (K, M, G or T may stand behind the number), rounded up to 512.
-With a backing file SIZE may be left out: the disk is then as large as that. A file that exists is
-kept unless --force is given, and never touched while somebody uses it.`,
+		Long: `create makes a disk of SIZE bytes (K, M, G or T may stand behind the number, as in 1.5G), rounded up
+to 512. With a backing file SIZE may be left out: the disk is then as large as that. A file that
+exists is kept unless --force is given, and never touched while somebody uses it.`,
 		Example: `  kvmlet disk create test.img 64M
   kvmlet disk create --format qcow2 test.qcow2 10G
   kvmlet disk create --format qcow2 --backing base.img --backing-format raw overlay.qcow2
@@ -196,7 +196,14 @@ smaller takes --shrink. Partitions and file systems in it are left as they are.`
 
 func resizeDisk(ctx context.Context, spec disk.Spec, to string, shrink bool) (err error) {
 	var n size
-	if err := n.Set(strings.TrimLeft(to, "+-")); err != nil {
+	number := to
+	if to[0] == '+' || to[0] == '-' {
+		number = to[1:]
+	}
+	if number == "" {
+		return fmt.Errorf("SIZE is %s, and no number: want a size, or by how much it changes, as in +1G", to)
+	}
+	if err := n.Set(number); err != nil {
 		return err
 	}
 	d, err := disk.Open(ctx, spec)

@@ -18,7 +18,7 @@ import (
 	"github.com/kvmlet/kvmlet/vmm"
 )
 
-// size is a flag that takes bytes with an optional binary unit: 512M, 2G, 65536.
+// size is a flag that takes bytes with an optional binary unit: 512M, 1.5G, 65536.
 type size uint64
 
 func (s *size) Type() string { return "size" }
@@ -38,20 +38,12 @@ var sizeUnits = []struct {
 }{{"T", 1 << 40}, {"G", 1 << 30}, {"M", 1 << 20}, {"K", 1 << 10}, {"", 1}}
 
 func (s *size) Set(v string) error {
-	t := strings.TrimSuffix(strings.TrimSuffix(strings.ToUpper(v), "B"), "I")
-	for _, u := range sizeUnits {
-		digits, ok := strings.CutSuffix(t, u.name)
-		if !ok {
-			continue
-		}
-		n, err := strconv.ParseUint(digits, 10, 64)
-		if err != nil || n > ^uint64(0)/u.bytes {
-			break
-		}
-		*s = size(n * u.bytes)
-		return nil
+	n, err := disk.ParseNumber(v)
+	if err != nil {
+		return fmt.Errorf("%q is not a size: it is %w", v, err)
 	}
-	return fmt.Errorf("%q is not a size: want a number of bytes, or one with K, M, G or T behind it", v)
+	*s = size(n)
+	return nil
 }
 
 // property is one name=value of a device option such as path=disk.img,readonly.

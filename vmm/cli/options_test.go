@@ -18,6 +18,7 @@ func TestSize(t *testing.T) {
 	}{
 		"512M": {512 << 20, "512M"}, "2G": {2 << 30, "2G"}, "2GiB": {2 << 30, "2G"}, "64mb": {64 << 20, "64M"},
 		"1024K": {1 << 20, "1M"}, "65536": {65536, "64K"}, "1T": {1 << 40, "1T"}, "1001": {1001, "1001"}, "0": {0, "0"},
+		"1.5G": {1610612736, "1536M"}, "0.5k": {512, "512"},
 	}
 	for in, want := range good {
 		var s size
@@ -25,7 +26,7 @@ func TestSize(t *testing.T) {
 			t.Errorf("%q gives %d %q (%v), want %d %q", in, uint64(s), s.String(), err, want.bytes, want.text)
 		}
 	}
-	for _, in := range []string{"", "M", "1.5G", "-1M", "12X", "99999999999999999999", "17179869184G", "0x10M"} {
+	for _, in := range []string{"", "M", "1.5", "1.3G", "-1M", "12X", "99999999999999999999", "17179869184G", "0x10M"} {
 		var s size
 		if err := s.Set(in); err == nil {
 			t.Errorf("%q was taken for %d bytes", in, uint64(s))
