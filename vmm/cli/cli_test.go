@@ -277,7 +277,7 @@ func TestRelay(t *testing.T) {
 			t.Parallel()
 			ctx, leave := context.WithCancelCause(t.Context())
 			defer leave(nil)
-			s := &session{streams: streams{null, null, null}, signals: &signals{ch: make(chan os.Signal)}, tty: c.tty}
+			s := &session{streams: streams{in: null, out: null, err: null}, signals: &signals{ch: make(chan os.Signal)}, tty: c.tty}
 			r := &recorder{}
 			stop := s.signals.during(func(sig os.Signal) { s.relay(r, sig, leave) })
 			for _, sig := range c.send {

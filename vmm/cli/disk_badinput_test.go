@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -147,4 +148,57 @@ func TestDiskBadInput(t *testing.T) {
 			t.Errorf("targets that were not made are there: %q", left)
 		}
 	})
+}
+
+// TestDiskNoSpaceForAnswer gives commands a standard output that takes nothing: an answer that nobody got is an error. What
+// is said beside it, on standard error, may be lost.
+func TestDiskNoSpaceForAnswer(t *testing.T) {
+	t.Parallel()
+	f := newDiskFiles(t)
+	raw, other, image, plain := f.data("raw", 1<<20), f.data("other", 1<<19), f.path("image"), f.path("plain")
+	ok(t, "disk", "create", "-f", "qcow2", image, "1M")
+	ok(t, "disk", "create", "-f", "qcow2", plain, "1M")
+	ok(t, "disk", "snapshot", "create", image, "before")
+	long := f.data("long", 1<<20)
+	if err := os.Truncate(long, 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	for name, args := range map[string][]string{
+		"info":              {"disk", "info", raw},
+		"info, snapshots":   {"disk", "info", "-f", "qcow2", image},
+		"info, chain":       {"disk", "info", "-f", "qcow2", "--backing-chain", plain},
+		"info, JSON":        {"disk", "info", "--json", raw},
+		"check":             {"disk", "check", image},
+		"check, JSON":       {"disk", "check", "--json", image},
+		"compare":           {"disk", "compare", raw, raw},
+		"compare, differ":   {"disk", "compare", "-F", "qcow2", raw, image},
+		"compare, sizes":    {"disk", "compare", "-s", raw, other},
+		"map":               {"disk", "map", raw},
+		"map, JSON":         {"disk", "map", "--json", raw},
+		"bench":             {"disk", "bench", "-c", "1", raw},
+		"bench, JSON":       {"disk", "bench", "-c", "1", "--json", raw},
+		"snapshots":         {"disk", "snapshot", "list", image},
+		"snapshots, JSON":   {"disk", "snapshot", "list", "--json", image},
+		"help":              {"disk", "map", "--help"},
+		"help of all":       {"disk"},
+		"version":           {"--version"},
+		"probe":             {"probe"},
+		"probe, JSON":       {"probe", "--json"},
+		"completion script": {"completion", "bash"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			expectOneLine(t, runFull(t, "err", args...), "no space left on device")
+		})
+	}
+	for name, args := range map[string][]string{
+		"hint": {"disk", "info", image}, "sizes": {"disk", "compare", raw, long},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if r := runFull(t, "out", args...); r.status != statusOK || r.out == "" {
+				t.Errorf("status %d, output %q", r.status, r.out)
+			}
+		})
+	}
 }

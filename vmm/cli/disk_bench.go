@@ -342,12 +342,12 @@ func (b *bench) print(s streams) error {
 	if o.write {
 		verb = "writes"
 	}
-	fprintf(s.out, "%d %s of %v, %s, depth %d: %.3f s\n", r.Count, verb, &o.size, r.Pattern, r.Depth, seconds)
-	fprintf(s.out, "%.0f requests and %.1f MiB per second\n", r.IOPS, r.Bytes/(1<<20))
-	fprintf(s.out, "latency: mean %v", h.Mean().Round(100*time.Nanosecond))
+	fprintf(s.answer, "%d %s of %v, %s, depth %d: %.3f s\n", r.Count, verb, &o.size, r.Pattern, r.Depth, seconds)
+	fprintf(s.answer, "%.0f requests and %.1f MiB per second\n", r.IOPS, r.Bytes/(1<<20))
+	fprintf(s.answer, "latency: mean %v", h.Mean().Round(100*time.Nanosecond))
 	for _, q := range quantiles {
-		fprintf(s.out, ", %s %v", q.name, h.Quantile(q.q).Round(100*time.Nanosecond))
+		fprintf(s.answer, ", %s %v", q.name, h.Quantile(q.q).Round(100*time.Nanosecond))
 	}
-	fprintf(s.out, "\n")
+	fprintf(s.answer, "\n")
 	return nil
 }

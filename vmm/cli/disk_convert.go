@@ -252,7 +252,7 @@ differ. A shorter disk goes on with zeroes. With --strict sizes count too, and w
 and only known to be zero on the other is a difference.
 
 Exit status: 0 if they are the same, 1 if they differ, 2 if that could not be found out, 123 if a
-signal stopped it, 125 for a wrong command line.`,
+signal stopped it, 125 for a wrong command line, or an answer that could not be written.`,
 		Example: `  kvmlet disk compare --format qcow2 test.qcow2 test.img
   kvmlet disk compare --format qcow2 --second-format qcow2 --backing on overlay.qcow2 flat.qcow2`,
 		Args: operands("DISK1", "DISK2"),
@@ -317,13 +317,13 @@ func (c *comparison) find(ctx context.Context, a, b disk.Spec, o disk.CompareOpt
 func (c *comparison) tell(s streams) error {
 	switch c.what {
 	case disk.Contents:
-		fprintf(s.out, "the disks differ at byte %d\n", c.at)
+		fprintf(s.answer, "the disks differ at byte %d\n", c.at)
 	case disk.Sizes:
-		fprintf(s.out, "the disks have %d and %d bytes\n", c.sizes[0], c.sizes[1])
+		fprintf(s.answer, "the disks have %d and %d bytes\n", c.sizes[0], c.sizes[1])
 	case disk.Allocation:
-		fprintf(s.out, "the disks differ in what is stored at byte %d\n", c.at)
+		fprintf(s.answer, "the disks differ in what is stored at byte %d\n", c.at)
 	case disk.Same:
-		fprintf(s.out, "the disks are the same\n")
+		fprintf(s.answer, "the disks are the same\n")
 		if c.sizes[0] != c.sizes[1] {
 			fprintf(s.err, "kvmlet: they have %d and %d bytes; what is beyond is zero\n", c.sizes[0], c.sizes[1])
 		}

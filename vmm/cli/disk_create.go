@@ -325,7 +325,7 @@ func printSnapshots(s streams, list []disk.Snapshot) error {
 	if len(list) == 0 {
 		return nil
 	}
-	w := tabwriter.NewWriter(s.out, 0, 0, 2, ' ', 0)
+	w := tabwriter.NewWriter(s.answer, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "ID\tNAME\tDATE\tVM STATE\tVM CLOCK")
 	for _, n := range list {
 		clock := time.Duration(n.ClockSec)*time.Second + time.Duration(n.ClockNsec)

@@ -280,7 +280,7 @@ func TestDiskProgress(t *testing.T) {
 		if quiet {
 			args = append(args, "--quiet")
 		}
-		if status := run(t.Context(), args, streams{null, out, slave}); status != 0 {
+		if status := run(t.Context(), args, streams{in: null, out: out, err: slave}); status != 0 {
 			t.Errorf("status %d", status)
 		}
 		if _, err := slave.WriteString("END"); err != nil {

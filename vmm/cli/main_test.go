@@ -83,6 +83,25 @@ func runCommand(t *testing.T, args ...string) result {
 	return r
 }
 
+// runFull is runCommand with streams to a device that has no space, except for keep, which is "out" or "err".
+func runFull(t *testing.T, keep string, args ...string) result {
+	t.Helper()
+	full, err := os.OpenFile("/dev/full", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	kept, err := os.Create(filepath.Join(t.TempDir(), keep))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kept.Close()
+	if keep == "out" {
+		return result{status: run(t.Context(), args, streams{in: full, out: kept, err: full}), out: readBack(t, kept)}
+	}
+	return result{status: run(t.Context(), args, streams{in: full, out: full, err: kept}), err: readBack(t, kept)}
+}
+
 func readBack(t *testing.T, f *os.File) string {
 	t.Helper()
 	b, err := os.ReadFile(f.Name())

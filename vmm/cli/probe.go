@@ -24,7 +24,7 @@ software. The exit status is 0 whatever was found.`,
 		RunE: func(*cobra.Command, []string) error {
 			p := vmm.Inspect()
 			if asJSON {
-				enc := json.NewEncoder(s.out)
+				enc := json.NewEncoder(s.answer)
 				enc.SetIndent("", "  ")
 				return enc.Encode(p)
 			}
@@ -36,7 +36,7 @@ software. The exit status is 0 whatever was found.`,
 }
 
 func printProbe(s streams, p *vmm.Probe) error {
-	w := tabwriter.NewWriter(s.out, 0, 0, 2, ' ', 0)
+	w := tabwriter.NewWriter(s.answer, 0, 0, 2, ' ', 0)
 	mem := size(p.Memory &^ (1<<20 - 1))
 	fmt.Fprintf(w, "host\tLinux %s, %d CPUs, %v of memory\n", p.Kernel, p.CPUs, &mem)
 	for _, f := range p.Features {

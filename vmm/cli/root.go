@@ -50,6 +50,22 @@ func (e *exitError) failed() bool {
 type streams struct {
 	in       *os.File
 	out, err *os.File
+	answer   *answer // to out: what a command was asked to tell
+}
+
+// answer writes what a command was asked to tell, which must not be lost unnoticed: for the first error of a write, if it
+// is nothing worse, the command fails when it has ended.
+type answer struct {
+	w   io.Writer
+	err error
+}
+
+func (a *answer) Write(p []byte) (int, error) {
+	n, err := a.w.Write(p)
+	if err != nil && a.err == nil {
+		a.err = err
+	}
+	return n, err
 }
 
 // interactive reports whether somebody sits at a terminal and types.
@@ -57,19 +73,23 @@ func (s *streams) interactive() bool { return isTerminal(s.in) && isTerminal(s.o
 
 // Main runs the command line and returns the exit status.
 func Main(ctx context.Context, args []string) int {
-	return run(ctx, args, streams{os.Stdin, os.Stdout, os.Stderr})
+	return run(ctx, args, streams{in: os.Stdin, out: os.Stdout, err: os.Stderr})
 }
 
 func run(ctx context.Context, args []string, s streams) int {
+	s.answer = &answer{w: s.out}
 	cmd := newRoot(s)
 	cmd.SetArgs(args)
 	err := cmd.ExecuteContext(ctx)
-	if err == nil {
-		return statusOK
-	}
 	var ee *exitError
-	if !errors.As(err, &ee) {
+	if err != nil && !errors.As(err, &ee) {
 		ee = &exitError{status: statusError, err: err}
+	}
+	if s.answer.err != nil && (ee == nil || ee.err == nil) {
+		ee = &exitError{status: statusError, err: s.answer.err}
+	}
+	if ee == nil {
+		return statusOK
 	}
 	if ee.err != nil {
 		fmt.Fprintf(s.err, "kvmlet: %v\n", ee.err)
@@ -94,7 +114,7 @@ only slower.`,
 		SilenceUsage:  true,
 	}
 	root.SetIn(s.in)
-	root.SetOut(s.out)
+	root.SetOut(s.answer)
 	root.SetErr(s.err)
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
 	// What is wrong is said in one line.
@@ -141,5 +161,5 @@ func version() string {
 	return "(devel)"
 }
 
-// fprintf writes to a stream that cannot be helped if it fails.
+// fprintf writes to a stream that cannot be helped if it fails, or that remembers it, as an answer does.
 func fprintf(w io.Writer, format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }

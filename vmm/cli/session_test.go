@@ -83,7 +83,7 @@ func TestInterruptsEndASessionWithAHungGuest(t *testing.T) {
 	in, input := pipe(t)
 	output, out := pipe(t)
 	s := &session{
-		streams: streams{in, out, out}, signals: &signals{ch: make(chan os.Signal)},
+		streams: streams{in: in, out: out, err: out}, signals: &signals{ch: make(chan os.Signal)},
 		args: shell("echo up; exec sleep 1000"), env: path,
 	}
 	ended := make(chan error, 1)
@@ -140,7 +140,7 @@ func TestReaderOfOutputGone(t *testing.T) {
 		"unconcerned": {true, "trap '' HUP; echo x; while test -w /dev/tty && echo x; do :; done; exit 4", 4},
 	} {
 		s := &session{
-			streams: streams{in, out, out}, signals: &signals{ch: make(chan os.Signal)}, tty: k.tty,
+			streams: streams{in: in, out: out, err: out}, signals: &signals{ch: make(chan os.Signal)}, tty: k.tty,
 			args: shell(k.script), env: path,
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), limit)
