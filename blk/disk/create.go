@@ -31,6 +31,10 @@ type CreateSpec struct {
 	Preallocation Preallocation
 	Overwrite     bool // replace what is there; else it is an error that matches fs.ErrExist
 
+	// Use, unless it is nil, is how the image will be opened: what Open would refuse then of its backing files is refused
+	// before anything is made. Path and Format do not count.
+	Use *Spec
+
 	// Progress is told now and then how many bytes of how many are written by PreallocateFull; may be nil.
 	Progress func(done, total int64)
 }
@@ -55,7 +59,12 @@ func Create(ctx context.Context, c CreateSpec) (err error) {
 	file, there := !IsURI(c.Path), true
 	if file {
 		info, err := os.Stat(c.Path)
-		file, there = err != nil || info.Mode().IsRegular(), err == nil
+		if there = err == nil; there {
+			if err := raw.CheckMode(info.Mode()); err != nil {
+				return fmt.Errorf("create disk %s: %w", c.Path, err)
+			}
+			file = info.Mode().IsRegular()
+		}
 	}
 	switch {
 	case c.Format == Raw && !file:
@@ -114,29 +123,6 @@ func (c *CreateSpec) check() error {
 }
 
 // checkBacking looks at the backing file, and takes its size if there is none.
-// notBelow refuses to write over a file that the chain of the new disk needs. What lies below the backing file is looked
-// at for no more than that; where it can't be, the chain ends.
-func (c *CreateSpec) notBelow(ctx context.Context, backing string, target identity) error {
-	o := &opener{ctx: ctx, s: Spec{Backing: BackingOn, BackingFormat: Raw}}
-	for p := (place{name: backing, path: backing, format: c.BackingFormat}); p.format == QCOW2; {
-		if o.notSeen(p.path) != nil {
-			return nil
-		}
-		info, err := Inspect(ctx, Spec{Path: p.path, Format: QCOW2, ReadOnly: true, ForceShare: true})
-		if err != nil || info.Backing == "" {
-			return nil
-		}
-		if p, err = o.allowed(p, info.Backing, info.BackingFormat); err != nil {
-			return nil
-		}
-		if id, ok := identify(p.path); ok && id == target {
-			return fmt.Errorf("create disk %s: %w: it is below its backing file, and would be overwritten",
-				c.Path, qcow2.ErrBackingLoop)
-		}
-	}
-	return nil
-}
-
 func (c *CreateSpec) checkBacking(ctx context.Context) error {
 	name, err := resolve(c.Path, c.BackingFile)
 	if err != nil {
@@ -159,7 +145,30 @@ func (c *CreateSpec) checkBacking(ctx context.Context) error {
 	if c.Size == 0 {
 		c.Size = d.Size()
 	}
+	if err := d.Close(); err != nil || c.Use == nil {
+		return err
+	}
+	o := &opener{ctx: ctx, s: *c.Use}
+	d, err = o.imageOptions(place{name: c.Path, path: c.Path}, false).Backing(c.BackingFile, string(c.BackingFormat))
+	if err != nil {
+		return fmt.Errorf("create disk %s: %w", c.Path, o.below)
+	}
 	return d.Close()
+}
+
+// notBelow refuses to write over a file that the chain of the new disk needs. Where what lies below the backing file can't
+// be looked at, the chain ends.
+func (c *CreateSpec) notBelow(ctx context.Context, backing string, target identity) error {
+	chain, _ := InspectChain(ctx, Spec{
+		Path: backing, Format: c.BackingFormat, ReadOnly: true, ForceShare: true, Backing: BackingOn, BackingFormat: Raw,
+	})
+	for _, layer := range chain {
+		if id, ok := identify(layer.Filename); ok && id == target {
+			return fmt.Errorf("create disk %s: %w: it is below its backing file, and would be overwritten",
+				c.Path, qcow2.ErrBackingLoop)
+		}
+	}
+	return nil
 }
 
 // createFile makes the file, of size bytes.

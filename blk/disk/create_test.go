@@ -128,7 +128,7 @@ func TestCreateErrors(t *testing.T) {
 		"exists, wrong":           {c: CreateSpec{Path: there, Format: QCOW2, Size: 512, ClusterSize: 3, Overwrite: true}, text: "clusters"},
 		"in use":                  {c: CreateSpec{Path: locked, Format: QCOW2, Size: 512, Overwrite: true}, want: raw.ErrLocked},
 		"its own backing file":    {c: CreateSpec{Path: there, Format: QCOW2, BackingFile: "there", BackingFormat: Raw, Overwrite: true}, want: qcow2.ErrBackingLoop},
-		"a folder":                {c: CreateSpec{Path: dir, Size: 512}, text: "needs no preparation"},
+		"a folder":                {c: CreateSpec{Path: dir, Size: 512}, text: "it is a directory"},
 		"raw on a server":         {c: CreateSpec{Path: server, Size: 512}, text: "needs no preparation"},
 		"on a server, not forced": {c: CreateSpec{Path: server, Format: QCOW2, Size: 512}, want: fs.ErrExist},
 		"on a read-only server":   {c: CreateSpec{Path: server, Format: QCOW2, Size: 512, Overwrite: true}, text: "read-only"},
@@ -252,8 +252,14 @@ func TestInspectChain(t *testing.T) {
 		t.Errorf("%d layers", len(chain))
 	}
 	s.Backing = Backing{}
-	if _, err := InspectChain(t.Context(), s); !errors.Is(err, qcow2.ErrBacking) {
-		t.Errorf("without leave: %v", err)
+	if chain, err := InspectChain(t.Context(), s); !errors.Is(err, qcow2.ErrBacking) || len(chain) != 1 {
+		t.Errorf("without leave: %d layers, %v", len(chain), err)
+	}
+	s.Backing = BackingOn
+	must(t, os.WriteFile(at(1), pattern(4096, 1), 0o644)) // which was an image
+	chain, err = InspectChain(t.Context(), s)
+	if last := (Info{Filename: at(1), Format: QCOW2}); !errors.Is(err, qcow2.ErrFormat) || len(chain) != 3 || !reflect.DeepEqual(chain[2], last) {
+		t.Errorf("with junk in it: %+v, %v", chain, err)
 	}
 }
 
@@ -317,4 +323,41 @@ func TestCreateOverItsChain(t *testing.T) {
 	if b, err := os.ReadFile(base); err != nil || !bytes.Equal(b, make([]byte, 1<<20)) {
 		t.Errorf("the base was touched: %v", err)
 	}
+	must(t, os.WriteFile(mid, pattern(4096, 1), 0o600)) // no image any more, which somebody may still save
+	err := Create(t.Context(), CreateSpec{Path: mid, Format: QCOW2, BackingFile: top, BackingFormat: QCOW2, Overwrite: true})
+	if !errors.Is(err, qcow2.ErrBackingLoop) {
+		t.Errorf("over what can't be read: %v", err)
+	}
+}
+
+// An image that could not be opened as it will be is not made.
+func TestCreateForUse(t *testing.T) {
+	leaks(t)
+	dir := t.TempDir()
+	base, mid, target := filepath.Join(dir, "base"), filepath.Join(dir, "mid"), filepath.Join(dir, "target")
+	must(t, os.WriteFile(base, make([]byte, 1<<20), 0o600))
+	create(t, CreateSpec{Path: mid, Format: QCOW2, BackingFile: "base", BackingFormat: Raw})
+	c := CreateSpec{Path: target, Format: QCOW2, BackingFile: "mid", BackingFormat: QCOW2}
+	for name, refused := range map[string]struct {
+		use  Spec
+		want string
+	}{
+		"none":      {Spec{}, `backing file "mid": not allowed`},
+		"one":       {Spec{Backing: BackingBelow(mid)}, `backing file "base" of ` + mid + ": it lies elsewhere"},
+		"elsewhere": {Spec{Backing: BackingBelow("/usr")}, `backing file "mid": it lies elsewhere`},
+	} {
+		c.Use = &refused.use
+		err := Create(t.Context(), c)
+		if !errors.Is(err, qcow2.ErrBacking) || !strings.Contains(err.Error(), refused.want) {
+			t.Errorf("%s: %v, want %q", name, err, refused.want)
+		}
+		if _, err := os.Stat(target); !errors.Is(err, fs.ErrNotExist) {
+			t.Fatalf("%s: the target is there: %v", name, err)
+		}
+	}
+	c.Use = &Spec{Backing: BackingBelow(dir)}
+	must(t, Create(t.Context(), c))
+	d, err := Open(t.Context(), Spec{Path: target, Format: QCOW2, Backing: c.Use.Backing})
+	must(t, err)
+	must(t, d.Close())
 }

@@ -106,7 +106,8 @@ func (i *Info) addImage(q qcow2.Info) {
 	}
 }
 
-// InspectChain describes a disk and all backing files below it, from the top, as far as s.Backing allows.
+// InspectChain describes a disk and all backing files below it, from the top, as far as s.Backing allows. With an error
+// come those that it got to; the last may be one that can't be opened, of which Filename and Format are all that is known.
 func InspectChain(ctx context.Context, s Spec) ([]Info, error) {
 	if err := s.check(); err != nil {
 		return nil, err
@@ -115,21 +116,22 @@ func InspectChain(ctx context.Context, s Spec) ([]Info, error) {
 	var chain []Info
 	for p := (place{name: s.Path, path: s.Path, format: s.Format}); ; {
 		if err := o.notSeen(p.path); err != nil {
-			return nil, err
+			return chain, err
 		}
+		chain = append(chain, Info{Filename: p.name, Format: p.format})
 		layer := s
 		layer.Path, layer.Format = p.path, p.format
 		info, err := Inspect(ctx, layer)
 		if err != nil {
-			return nil, err
+			return chain, err
 		}
 		info.Filename = p.name
-		chain = append(chain, info)
+		chain[len(chain)-1] = info
 		if info.Backing == "" {
 			return chain, nil
 		}
 		if p, err = o.allowed(p, info.Backing, info.BackingFormat); err != nil {
-			return nil, fmt.Errorf("disk %s: backing file %q: %w", info.Filename, info.Backing, err)
+			return chain, fmt.Errorf("disk %s: backing file %q: %w", info.Filename, info.Backing, err)
 		}
 	}
 }

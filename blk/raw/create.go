@@ -110,8 +110,8 @@ func createFile(path string, overwrite bool) (fd int, made bool, err error) {
 		return -1, false, openError(path, Options{}, err)
 	}
 	if !info.Mode().IsRegular() {
-		if err := checkMode(path, info.Mode()); err != nil {
-			return -1, false, err
+		if err := CheckMode(info.Mode()); err != nil {
+			return -1, false, fmt.Errorf("create disk %s: %w", path, err)
 		}
 		return -1, false, fmt.Errorf("create disk %s: it is a block device (use it as it is)", path)
 	}

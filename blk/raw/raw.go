@@ -113,8 +113,8 @@ func openWith(sys *system, path string, o Options) (*File, error) {
 	if err != nil {
 		return nil, openError(path, o, err)
 	}
-	if err := checkMode(path, info.Mode()); err != nil {
-		return nil, err
+	if err := CheckMode(info.Mode()); err != nil {
+		return nil, fmt.Errorf("open disk %s: %w", path, err)
 	}
 	fd, err := open(path, o, info.Mode())
 	if err != nil {
@@ -360,8 +360,8 @@ func open(path string, o Options, mode fs.FileMode) (int, error) {
 	}
 }
 
-// checkMode refuses what can't be a disk.
-func checkMode(path string, mode fs.FileMode) error {
+// CheckMode refuses what can't be a disk, and says what it is.
+func CheckMode(mode fs.FileMode) error {
 	var what string
 	switch {
 	case mode.IsRegular(), mode&(fs.ModeDevice|fs.ModeCharDevice) == fs.ModeDevice:
@@ -377,7 +377,7 @@ func checkMode(path string, mode fs.FileMode) error {
 	default:
 		what = "a special file"
 	}
-	return fmt.Errorf("open disk %s: it is %s (a disk is a regular file or a block device)", path, what)
+	return fmt.Errorf("it is %s (a disk is a regular file or a block device)", what)
 }
 
 func openError(path string, o Options, err error) error {

@@ -1,10 +1,13 @@
 package cli
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestDiskBadInput gives the disk commands what cannot work. Each is answered by one line.
@@ -16,7 +19,16 @@ func TestDiskBadInput(t *testing.T) {
 	ok(t, "disk", "create", "-f", "qcow2", "-b", "raw", "-F", "raw", backed)
 	locked := f.data("locked", 1<<20)
 	lockElsewhere(t, locked)
-	none := f.path("none")
+	none, fifo, socket, mid := f.path("none"), f.path("fifo"), f.path("socket"), f.path("mid")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ln, err := new(net.ListenConfig).Listen(t.Context(), "unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	ok(t, "disk", "create", "-f", "qcow2", "-b", "raw", "-F", "raw", mid)
 	for name, c := range map[string]struct {
 		args   []string
 		status int // 0: statusError
@@ -45,6 +57,13 @@ func TestDiskBadInput(t *testing.T) {
 		"create, there":               {[]string{"create", raw, "1M"}, 0, "--force"},
 		"create, in use":              {[]string{"create", "--force", locked, "1M"}, 0, "in use"},
 		"create, no folder":           {[]string{"create", none + "/disk", "1M"}, 0, "no such file"},
+		"create, on a pipe":           {[]string{"create", fifo, "1M"}, 0, "it is a pipe (a disk is a regular file"},
+		"create, on pipe, forced":     {[]string{"create", "-f", "qcow2", "--force", fifo, "1M"}, 0, "it is a pipe"},
+		"create, on a folder":         {[]string{"create", f.dir, "1M"}, 0, "it is a directory"},
+		"create, image on folder":     {[]string{"create", "-f", "qcow2", "--force", f.dir, "1M"}, 0, "it is a directory"},
+		"create, on a socket":         {[]string{"create", "-f", "qcow2", socket, "1M"}, 0, "it is a socket"},
+		"create, on a terminal":       {[]string{"create", "--force", "/dev/tty", "1M"}, 0, "it is a character device"},
+		"create, on /dev/null":        {[]string{"create", "-f", "qcow2", "/dev/null", "1M"}, 0, "it is a character device"},
 		"create, backing format":      {[]string{"create", "-f", "qcow2", "-b", raw, none}, 0, "never guessed"},
 		"info, missing":               {[]string{"info", none}, 0, "no such file"},
 		"info, not an image":          {[]string{"info", "-f", "qcow2", raw}, 0, "not a qcow2 image"},
@@ -82,6 +101,9 @@ func TestDiskBadInput(t *testing.T) {
 		"convert, into less":          {[]string{"convert", "-n", raw, f.data("less", 512)}, 0, "kvmlet disk resize"},
 		"convert, no server":          {[]string{"convert", raw, "nbd+unix:///?socket=" + none}, 0, "no such file"},
 		"convert, a backing file":     {[]string{"convert", "-B", "raw", "-F", "raw", raw, f.path("t9")}, 0, "qcow2"},
+		"convert, to a pipe":          {[]string{"convert", raw, fifo}, 0, "it is a pipe"},
+		"convert, below the backing":  {[]string{"convert", "-O", "qcow2", "-B", "mid", "-F", "qcow2", raw, f.path("t10")}, 0, `backing file "raw" of ` + mid + ": it lies elsewhere"},
+		"convert, backing refused":    {[]string{"convert", "-O", "qcow2", "-B", "mid", "-F", "qcow2", "--backing", "/usr", raw, f.path("t11")}, 0, `backing file "mid": it lies elsewhere`},
 		"compare, one":                {[]string{"compare", raw}, 0, "DISK2 is missing"},
 		"compare, missing":            {[]string{"compare", raw, none}, compareFailed, "no such file"},
 		"compare, in use":             {[]string{"compare", raw, locked}, compareFailed, "--force-share"},

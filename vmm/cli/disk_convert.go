@@ -124,6 +124,7 @@ func (o *convertOptions) convert(ctx context.Context, s streams, source string, 
 			return fmt.Errorf("%s is SOURCE, or a backing file of it, and would be overwritten", create.Path)
 		}
 	}
+	target := o.targetSpec(create)
 	report, done := workProgress(s, o.quiet, "Converting "+filepath.Base(source))
 	defer done()
 	c := disk.CopyOptions{
@@ -133,14 +134,14 @@ func (o *convertOptions) convert(ctx context.Context, s streams, source string, 
 		c.Sparse = -1
 	}
 	if !o.noCreate && (create.Format != disk.Raw || !isDevice(create.Path)) {
-		create.Size, create.Progress = src.Size(), report
+		create.Size, create.Progress, create.Use = src.Size(), report, &target
 		if err := disk.Create(ctx, create); err != nil {
 			return forceHint(err, create.Path)
 		}
 		*touched = true
 		c.TargetZero = create.BackingFile == ""
 	}
-	dst, err := o.openTarget(ctx, create)
+	dst, err := disk.Open(ctx, target)
 	if err != nil {
 		return err
 	}
@@ -158,15 +159,15 @@ func (o *convertOptions) convert(ctx context.Context, s streams, source string, 
 	return disk.Copy(ctx, dst, src, c)
 }
 
-// openTarget opens the target, which is there now. A backing file that the command line names may be opened.
-func (o *convertOptions) openTarget(ctx context.Context, c disk.CreateSpec) (*blk.Device, error) {
+// targetSpec is how the target is opened when it is there. A backing file that the command line names may be opened.
+func (o *convertOptions) targetSpec(c disk.CreateSpec) disk.Spec {
 	t := o.target.spec
 	t.Path, t.Format = c.Path, c.Format
 	t.Backing, t.BackingFormat = o.source.spec.Backing, o.source.spec.BackingFormat
 	if t.Backing == (disk.Backing{}) && c.BackingFile != "" {
 		t.Backing = disk.BackingBelow(besides(c.Path, c.BackingFile))
 	}
-	return disk.Open(ctx, t)
+	return t
 }
 
 // besides is the path of a file that an image names.
