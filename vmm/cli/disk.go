@@ -224,7 +224,7 @@ func beginsAsImage(path string) bool {
 func hintFormat(cmd *cobra.Command, s streams, flag, path string) {
 	if !cmd.Flags().Changed(flag) && beginsAsImage(path) {
 		const hint = "kvmlet: %s is taken for a raw disk, but begins as a qcow2 image does; if it is one, say --%s qcow2\n"
-		fprintf(s.err, hint, path, flag)
+		fprintf(s.err, hint, quoted(path), flag)
 	}
 }
 

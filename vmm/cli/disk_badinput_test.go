@@ -1,13 +1,20 @@
 package cli
 
 import (
+	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kvmlet/kvmlet/blk"
+	"github.com/kvmlet/kvmlet/blk/fault"
+	"github.com/kvmlet/kvmlet/blk/mem"
 )
 
 // TestDiskBadInput gives the disk commands what cannot work. Each is answered by one line.
@@ -221,6 +228,128 @@ func TestDiskNoSpaceForAnswer(t *testing.T) {
 			if r := runFull(t, "out", args...); r.status != statusOK || r.out == "" {
 				t.Errorf("status %d, output %q", r.status, r.out)
 			}
+		})
+	}
+}
+
+// TestDiskOddNames gives the disk commands names that a terminal would obey. What they say of them is one line without.
+func TestDiskOddNames(t *testing.T) {
+	t.Parallel()
+	f := newDiskFiles(t)
+	const odd, shown = "a\x1b[31m\nkvmlet: all is well\x7f\xff\u202e", `a\x1b[31m\nkvmlet: all is well\x7f\xff\u202e`
+	folder, image := f.path("f"+odd), f.path("i"+odd)
+	if err := os.Mkdir(folder, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	data, none := f.data(odd, 1<<20), f.path("none"+odd)
+	ok(t, "disk", "create", "-f", "qcow2", image, "1M")
+	for name, c := range map[string]struct {
+		args   []string
+		status int // 0: statusError
+		want   string
+	}{
+		"create, there":       {[]string{"create", data, "1M"}, 0, f.path(shown) + " is there already"},
+		"create on a folder":  {[]string{"create", folder, "1M"}, 0, "f" + shown + ": it is a directory"},
+		"create in no folder": {[]string{"create", none + "/x", "1M"}, 0, "none" + shown + "/x: no such file"},
+		"create, backing":     {[]string{"create", "-f", "qcow2", "-b", odd, "-F", "qcow2", f.path("t")}, 0, `control characters in the name "` + shown},
+		"info":                {[]string{"info", none}, 0, "none" + shown + ": no such file"},
+		"check":               {[]string{"check", data}, checkFailed, "/" + shown + ": "},
+		"convert":             {[]string{"convert", none, f.path("t")}, 0, "none" + shown + ": no such file"},
+		"convert, itself":     {[]string{"convert", "--force", data, data}, 0, "/" + shown + " is SOURCE"},
+		"compare":             {[]string{"compare", data, none}, compareFailed, "none" + shown + ": no such file"},
+		"map":                 {[]string{"map", folder}, 0, "f" + shown + ": it is a directory"},
+		"resize":              {[]string{"resize", image, "2M"}, 0, "i" + shown + " begins as a qcow2 image does"},
+		"resize, size":        {[]string{"resize", data, "512"}, 0, "resize " + f.path(shown) + ": 512 bytes are less"},
+		"commit":              {[]string{"commit", image}, 0, "i" + shown + ": it has no backing file"},
+		"snapshot":            {[]string{"snapshot", "apply", image, odd}, 0, `snapshot "` + shown + `": no such snapshot`},
+		"serve":               {[]string{"serve", "--socket", f.path("s"), none}, 0, "none" + shown + ": no such file"},
+		"serve, socket":       {[]string{"serve", "--socket", data, data}, 0, "/" + shown + " is there, and not a socket"},
+		"bench":               {[]string{"bench", none}, 0, "none" + shown + ": no such file"},
+		"bench, cache":        {[]string{"bench", "--cache", odd, data}, 0, shown},
+		"command":             {[]string{odd}, 0, shown},
+		"flag":                {[]string{"info", "--" + odd}, 0, shown},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := runCommand(t, append([]string{"disk"}, c.args...)...)
+			if c.status != 0 && r.status == c.status {
+				r.status = statusError
+			}
+			expectOneLine(t, r, c.want)
+			if line := strings.TrimSuffix(r.err, "\n"); strings.ContainsFunc(line, func(r rune) bool { return !unicode.IsPrint(r) }) {
+				t.Errorf("%q", line)
+			}
+		})
+	}
+	quoted := `"` + f.path("i"+shown) + `"`
+	if out := ok(t, "disk", "info", "-f", "qcow2", image); !strings.Contains(out, " "+quoted+"\n") {
+		t.Errorf("info: %s", out)
+	}
+	if out := ok(t, "disk", "map", "-f", "raw", image); !strings.HasSuffix(out, quoted+"\n") {
+		t.Errorf("map: %s", out)
+	}
+	if r := runCommand(t, "disk", "map", image); !strings.HasPrefix(r.err, "kvmlet: "+quoted+" is taken for a raw disk") {
+		t.Errorf("hint: %s", r.err)
+	}
+	if r := runCommand(t, "run", "--disk", "path="+f.path("\x1b[31m")); !strings.Contains(r.err, `\x1b[31m`) {
+		t.Errorf("run: %q", r.err)
+	}
+	plain := f.data("a plain 'näme'", 1<<20)
+	if out := ok(t, "disk", "info", plain); !strings.Contains(out, " "+plain+"\n") {
+		t.Errorf("info: %s", out)
+	}
+}
+
+// TestMessage makes lines of errors of several.
+func TestMessage(t *testing.T) {
+	t.Parallel()
+	a, b := errors.New("a"), &os.PathError{Op: "open", Path: "x\ny", Err: unix.ENOENT}
+	for want, err := range map[string]error{
+		"a":                                    a,
+		`open x\ny: no such file or directory`: b,
+		`a; open x\ny: no such file or directory`:                     errors.Join(a, nil, b),
+		`in z\n: open x\ny: no such file or directory; a (and so on)`: fmt.Errorf("in z\n: %w (and so on)", errors.Join(b, a)),
+		"a and a, a; a": fmt.Errorf("%w and %w, %w", a, a, errors.Join(a, a)),
+		"exit status 3": &exitError{status: 3},
+	} {
+		if got := message(err, false); got != want {
+			t.Errorf("%q is %q, want %q", err, got, want)
+		}
+	}
+	if got := message(errors.New("go:\n\tx\x1b"), true); got != "go:\n\tx\\x1b" {
+		t.Errorf("lines that are kept: %q", got)
+	}
+}
+
+// TestDiskNoSpace writes to a server that has no space left. What went wrong is one line, however much it is.
+func TestDiskNoSpace(t *testing.T) {
+	t.Parallel()
+	f := newDiskFiles(t)
+	data := f.data("data", 1<<20)
+	memory, err := mem.New(4<<20, mem.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	full := fault.New(memory, fault.Options{})
+	uri := serveDisk(t, full, blk.Options{})
+	ok(t, "disk", "create", "-f", "qcow2", "--force", uri, "1M")
+	for _, op := range []fault.Op{fault.OpWrite, fault.OpZero, fault.OpFlush} {
+		full.Add(fault.Rule{Op: op, Err: unix.ENOSPC})
+	}
+	for name, args := range map[string][]string{
+		"create":           {"create", "-f", "qcow2", "--force", uri, "1M"},
+		"create, reserved": {"create", "--preallocation", "falloc", f.path("t"), "4194304T"},
+		"convert":          {"convert", data, uri},
+		"convert to image": {"convert", "-n", "-O", "qcow2", data, uri},
+		"compress":         {"convert", "-n", "-c", "-O", "qcow2", data, uri},
+		"resize":           {"resize", "-f", "qcow2", uri, "1T"},
+		"snapshot":         {"snapshot", "create", uri, "a"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			want := "no space left on device"
+			if name == "create, reserved" {
+				want = "create disk " + f.path("t")
+			}
+			expectOneLine(t, runCommand(t, append([]string{"disk"}, args...)...), want)
 		})
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strconv"
 	"strings"
 	"text/tabwriter"
 
@@ -21,14 +20,6 @@ func printJSON(s streams, v any) error {
 	enc := json.NewEncoder(s.answer)
 	enc.SetIndent("", "  ")
 	return enc.Encode(v)
-}
-
-// quoted is a name from an image, which may hold anything, as a terminal can show it.
-func quoted(s string) string {
-	if q := strconv.Quote(s); q[1:len(q)-1] != s || s == "" {
-		return q
-	}
-	return s
 }
 
 func newDiskInfo(s streams) *cobra.Command {
@@ -252,7 +243,7 @@ func checkDisk(ctx context.Context, s streams, spec disk.Spec, mode qcow2.Repair
 
 func printReport(s streams, r *qcow2.Report) {
 	for _, p := range r.Problems {
-		fprintf(s.answer, "%s\n", p)
+		fprintf(s.answer, "%s\n", escaped(p, ""))
 	}
 	if n := r.Corruptions + r.Leaks - int64(len(r.Problems)); n > 0 && len(r.Problems) > 0 {
 		fprintf(s.answer, "and %d more\n", n)

@@ -133,10 +133,10 @@ func logClient(s streams, client net.Addr, err error) {
 		return
 	}
 	if client.Network() == "unix" { // they have no names
-		fprintf(s.err, "kvmlet: a client was disconnected: %v\n", err)
+		fprintf(s.err, "kvmlet: a client was disconnected: %s\n", message(err, false))
 		return
 	}
-	fprintf(s.err, "kvmlet: client %v was disconnected: %v\n", client, err)
+	fprintf(s.err, "kvmlet: client %v was disconnected: %s\n", client, message(err, false))
 }
 
 // serveUntil serves until ctx ends, and returns when no client is left.

@@ -178,7 +178,13 @@ func slowDisk(t *testing.T, size int64, mib int64) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := blk.New(sevens(size), blk.Options{ReadOnly: true, Throttle: g})
+	return serveDisk(t, sevens(size), blk.Options{ReadOnly: true, Throttle: g})
+}
+
+// serveDisk exports a disk, and returns its URI.
+func serveDisk(t *testing.T, b blk.Backend, o blk.Options) string {
+	t.Helper()
+	d, err := blk.New(b, o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -44,6 +44,7 @@ func (p *progress) image(i image.Progress) {
 
 // step shows s, with a bar if total is known. It does nothing after close.
 func (p *progress) step(s string, done, total int) {
+	s = escaped(s, "") // there may be a file's name in it
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	news := s != p.last

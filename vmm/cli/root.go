@@ -80,7 +80,7 @@ func run(ctx context.Context, args []string, s streams) int {
 	s.answer = &answer{w: s.out}
 	cmd := newRoot(s)
 	cmd.SetArgs(args)
-	err := cmd.ExecuteContext(ctx)
+	done, err := cmd.ExecuteContextC(ctx)
 	var ee *exitError
 	if err != nil && !errors.As(err, &ee) {
 		ee = &exitError{status: statusError, err: err}
@@ -92,7 +92,8 @@ func run(ctx context.Context, args []string, s streams) int {
 		return statusOK
 	}
 	if ee.err != nil {
-		fmt.Fprintf(s.err, "kvmlet: %v\n", ee.err)
+		// The disk commands have one line; elsewhere there may be the output of another program.
+		fmt.Fprintf(s.err, "kvmlet: %s\n", message(ee.err, !strings.HasPrefix(done.CommandPath()+" ", "kvmlet disk ")))
 	}
 	return ee.status
 }
