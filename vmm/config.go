@@ -57,11 +57,12 @@ type Disk struct {
 	Format   disk.Format
 	ReadOnly bool
 
-	Cache        disk.Cache
-	AIO          raw.AIO
-	Backing      disk.Backing // which backing files may be opened
-	DetectZeroes blk.DetectZeroes
-	CopyOnRead   bool
+	Cache         disk.Cache
+	AIO           raw.AIO
+	Backing       disk.Backing // which backing files may be opened
+	BackingFormat disk.Format  // of a backing file whose image does not say; "" refuses it
+	DetectZeroes  blk.DetectZeroes
+	CopyOnRead    bool
 
 	// Throttle limits the disk; ThrottleGroup names a group that shares limits: those of the only one of its disks that
 	// says them.
@@ -240,7 +241,8 @@ func openDisks(disks []Disk) (opened []*blk.Device, err error) {
 			continue
 		}
 		s := disk.Spec{
-			Path: d.Path, Format: d.Format, ReadOnly: d.ReadOnly, Cache: d.Cache, AIO: d.AIO, Backing: d.Backing,
+			Path: d.Path, Format: d.Format, ReadOnly: d.ReadOnly, Cache: d.Cache, AIO: d.AIO,
+			Backing: d.Backing, BackingFormat: d.BackingFormat,
 			DetectZeroes: d.DetectZeroes, CopyOnRead: d.CopyOnRead, Throttle: d.Throttle,
 		}
 		if d.ThrottleGroup != "" {

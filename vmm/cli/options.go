@@ -127,6 +127,16 @@ var diskProperties = []diskProperty{
 		"backing", func(d *vmm.Disk, p property) (err error) { d.Backing, err = disk.ParseBacking(p.value); return err },
 		func(d *vmm.Disk) string { return unlessZero(d.Backing) },
 	},
+	{
+		"backing-format",
+		func(d *vmm.Disk, p property) (err error) {
+			if d.BackingFormat, err = disk.ParseFormat(p.value); err != nil {
+				return fmt.Errorf("backing-%w", err)
+			}
+			return nil
+		},
+		func(d *vmm.Disk) string { return string(d.BackingFormat) },
+	},
 	switchProperty("copy-on-read", func(d *vmm.Disk) *bool { return &d.CopyOnRead }),
 	{
 		"detect-zeroes",

@@ -1,11 +1,13 @@
 package cli
 
 import (
+	"errors"
 	"strings"
 	"testing"
 
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/disk"
+	"github.com/kvmlet/kvmlet/blk/qcow2"
 	"github.com/kvmlet/kvmlet/blk/raw"
 	"github.com/kvmlet/kvmlet/vmm"
 )
@@ -48,6 +50,9 @@ func TestParseDisk(t *testing.T) {
 			Path: "a.qcow2", Format: disk.QCOW2, Cache: disk.CacheNone, AIO: raw.AIOThreads, Backing: disk.BackingOn,
 			CopyOnRead: true, DetectZeroes: blk.DetectUnmap, Queues: 3,
 		},
+		"path=a,format=qcow2,backing=on,backing-format=raw": {
+			Path: "a", Format: disk.QCOW2, Backing: disk.BackingOn, BackingFormat: disk.Raw,
+		},
 		"path=nbd+unix:///?socket=/s,backing=/base dir": {
 			Path: "nbd+unix:///?socket=/s", Backing: disk.BackingBelow("/base dir"),
 		},
@@ -78,6 +83,7 @@ func TestParseDisk(t *testing.T) {
 		"path=a,cache=all":       "writeback",
 		"path=a,aio=native":      "io_uring",
 		"path=a,backing=":        "backing=",
+		"path=a,backing-format=": "backing-format=: want raw or qcow2",
 		"path=a,detect-zeroes=1": "unmap",
 		"path=a,queues=0":        "from 1 up",
 		"path=a,throttle=fast=1": "fast",
@@ -158,6 +164,36 @@ func TestGuestIP(t *testing.T) {
 		c, err := parseNet("tap=vm0,hostip=" + host)
 		if err != nil || c.guestIP().String() != want {
 			t.Errorf("a host at %s gives a guest at %v (%v), want %s", host, c.guestIP(), err, want)
+		}
+	}
+}
+
+// TestBackingFormat gives a VM an image that does not say what its backing file is.
+func TestBackingFormat(t *testing.T) {
+	t.Parallel()
+	f := newDiskFiles(t)
+	f.data("base", 1<<20)
+	file, err := disk.Open(t.Context(), disk.Spec{Path: f.data("image", 512)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = qcow2.Create(t.Context(), file, qcow2.CreateOptions{Size: 1 << 20, BackingFile: "base"})
+	if err := errors.Join(err, file.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for property, want := range map[string]string{
+		"": "never guessed", ",backing-format=qcow2": "not a qcow2 image", ",backing-format=raw": "",
+	} {
+		d, err := parseDisk("path=" + f.path("image") + ",format=qcow2,backing=on" + property)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := vmm.OpenResources(&vmm.Config{Disks: []vmm.Disk{d}})
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", property, err, want)
+		}
+		if err := r.Close(); err != nil {
+			t.Error(err)
 		}
 	}
 }

@@ -49,6 +49,7 @@ Disks are /dev/vda, /dev/vdb and so on in the order given; a DISK is
   cache=MODE       writeback (default), none (O_DIRECT), writethrough, directsync or unsafe
   aio=ENGINE       io_uring, threads or auto (default)
   backing=WHICH    backing files that may be opened: off (default), on, or those below a folder
+  backing-format=F the format of backing files whose images do not say, raw or qcow2
   copy-on-read     keep in the image what is read from its backing file
   detect-zeroes=Z  off (default), on, or unmap: write zeroes as such, and give their space back
   throttle=LIMITS  such as iops-total=500:bps-write=10M, with -max and -max-length for bursts
