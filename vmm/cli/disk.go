@@ -37,12 +37,7 @@ func newDisk(s streams) *cobra.Command {
 		Example: `  kvmlet disk create --format qcow2 test.qcow2 10G
   kvmlet disk convert --format qcow2 test.qcow2 test.img
   kvmlet disk serve --format qcow2 --socket test.sock test.qcow2`,
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return fmt.Errorf("unknown command %q for disk (see kvmlet disk --help)", args[0])
-			}
-			return nil
-		},
+		Args: noCommand,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newDiskCreate(s), newDiskInfo(s), newDiskCheck(s), newDiskConvert(s), newDiskCompare(s), newDiskMap(s),

@@ -77,8 +77,11 @@ func (i *imageFlags) spec(cmd *cobra.Command, path string, format disk.Format, b
 	default:
 		return c, fmt.Errorf("--compression %s: want zlib or zstd", i.compression)
 	}
-	if i.cluster > math.MaxInt64 {
-		return c, fmt.Errorf("--cluster-size %v: want 512 to 2M", &i.cluster)
+	switch f := cmd.Flags(); {
+	case i.cluster > math.MaxInt64 || i.cluster == 0 && f.Changed("cluster-size"):
+		return c, fmt.Errorf("--cluster-size %v: want 512 to 2M, a power of two", &i.cluster)
+	case i.refcount == 0 && f.Changed("refcount-bits"):
+		return c, errors.New("--refcount-bits 0: want 1 to 64, a power of two")
 	}
 	c.ClusterSize, c.RefcountBits, c.Compat, c.LazyRefcounts = int64(i.cluster), i.refcount, qcow2.Compat(i.compat), i.lazy
 	c.BackingFile, c.BackingFormat, c.Preallocation = i.backing, i.backFormat, i.prealloc
@@ -250,12 +253,7 @@ snapshot is named by its name or its ID.`,
 		Example: `  kvmlet disk snapshot create test.qcow2 before
   kvmlet disk snapshot list test.qcow2
   kvmlet disk snapshot apply test.qcow2 before`,
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return fmt.Errorf("unknown command %q for disk snapshot (see kvmlet disk snapshot --help)", args[0])
-			}
-			return nil
-		},
+		Args: noCommand,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	list := &cobra.Command{

@@ -29,6 +29,9 @@ const serveGrace = 5 * time.Second
 // maxSocket is the length in bytes of the path of a unix socket: sun_path has 108, and ends with a zero (unix(7)).
 const maxSocket = 107
 
+// maxExport is the length in bytes of a string of the NBD protocol (its section Conventions), as the name of an export is.
+const maxExport = 4096
+
 // serveOptions are the flags of `disk serve`.
 type serveOptions struct {
 	disk                diskFlags
@@ -62,6 +65,10 @@ are the names that QEMU and libnbd give them.`,
 				return errors.New("say where: --socket PATH or --listen HOST:PORT (one of them)")
 			case o.tls != "" && o.listen == "":
 				return errors.New("--tls is for --listen: a unix socket stays on this machine")
+			case len(o.export) > maxExport:
+				return fmt.Errorf("--export: a name of %d bytes, and NBD has %d at most", len(o.export), maxExport)
+			case len(o.description) > maxExport:
+				return fmt.Errorf("--description: a text of %d bytes, and NBD has %d at most", len(o.description), maxExport)
 			}
 			o.disk.spec.Path = args[0]
 			hintFormat(cmd, s, "format", args[0])

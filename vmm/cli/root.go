@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -118,7 +119,7 @@ only slower.`,
 	root.SetOut(s.answer)
 	root.SetErr(s.err)
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
-	// What is wrong is said in one line.
+	// What is wrong is said in one line, which cobra's suggestions are not: didYouMean makes one of them.
 	root.DisableSuggestions = true
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		var unknown *pflag.NotExistError
@@ -127,7 +128,7 @@ only slower.`,
 				return fmt.Errorf("-%s is taken for a flag (put -- before the operands: see %s --help)", short, cmd.CommandPath())
 			}
 		}
-		return fmt.Errorf("%w (see %s --help)", err, cmd.CommandPath())
+		return fmt.Errorf("%w (%ssee %s --help)", err, flagsLike(cmd, unknown), cmd.CommandPath())
 	})
 	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages", fmt.Sprintf(".FlagUsagesWrapped %d", helpWidth)))
 	root.AddCommand(newRun(s), newDisk(s), newProbe(s), newLab(s))
@@ -149,6 +150,39 @@ only slower.`,
 		}
 	}
 	return root
+}
+
+// noCommand takes no arguments, for a command that has only commands of its own: what is there is none of them.
+func noCommand(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	path := cmd.CommandPath()
+	return fmt.Errorf("unknown command %q for %s (%ssee %s --help)", args[0], strings.TrimPrefix(path, "kvmlet "),
+		didYouMean(cmd, "", args[0]), path)
+}
+
+// flagsLike asks whether one of the flags of cmd was meant. unknown is nil if something else was wrong with a flag.
+func flagsLike(cmd *cobra.Command, unknown *pflag.NotExistError) string {
+	if unknown == nil || unknown.GetSpecifiedShortnames() != "" {
+		return ""
+	}
+	names := &cobra.Command{} // cobra suggests only commands
+	cmd.Flags().VisitAll(func(f *pflag.Flag) {
+		names.AddCommand(&cobra.Command{Use: f.Name, Hidden: f.Hidden, Run: func(*cobra.Command, []string) {}})
+	})
+	return didYouMean(names, "--", unknown.GetSpecifiedName())
+}
+
+// didYouMean asks whether one of the commands of cmd was meant by a name that none of them has. It is empty if none is like it.
+func didYouMean(cmd *cobra.Command, prefix, name string) string {
+	cmd.SuggestionsMinimumDistance = 2 // cobra's own default, which it sets elsewhere
+	like := cmd.SuggestionsFor(name)
+	if len(like) == 0 {
+		return ""
+	}
+	slices.Sort(like)
+	return "did you mean " + prefix + strings.Join(like, " or "+prefix) + "? "
 }
 
 // helpWidth is how wide help texts are, in columns.
