@@ -24,8 +24,12 @@ func (r *refcounts) find(n int64) (first, got int64, err error) {
 			}
 			continue
 		}
+		wasFree, err := r.wasFree(s, i)
+		if err != nil {
+			return 0, 0, err
+		}
 		for ; int64(k) < per && got < n; k, i = k+1, i+1 {
-			if r.im.entry(s.data, k) == 0 {
+			if r.im.entry(s.data, k) == 0 && wasFree(k) {
 				if got == 0 {
 					first = i
 				}
@@ -66,23 +70,27 @@ func (r *refcounts) allocLocked(n int64) (off, got int64, fresh bool, err error)
 		return 0, 0, false, err
 	}
 	r.im.f.event("qcow2_cluster_alloc")
+	fresh = first >= r.high
+	r.high = max(r.high, first+got)
+	r.next = first + got // a shadow may need clusters for the refcounts, and these are not theirs
 	for i := range got {
 		if err := r.set(first+i, 1); err != nil {
+			r.next = min(r.next, first)
 			return 0, 0, false, err
 		}
 	}
-	fresh = first >= r.high
-	r.high = max(r.high, first+got)
-	r.next = first + got
 	return off, got, fresh, nil
 }
 
-// allocRun takes exactly n clusters side by side.
+// allocRun takes exactly n clusters side by side, for a shadow: next passes the holes that are too short, and goes back to
+// them when the shadow ends.
 func (r *refcounts) allocRun(n int64) (off int64, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	hint := r.next
-	defer func() { r.next = min(r.next, hint) }() // holes that were too short
+	return r.allocRunLocked(n)
+}
+
+func (r *refcounts) allocRunLocked(n int64) (off int64, err error) {
 	for {
 		first, got, err := r.find(n)
 		if err != nil {
@@ -126,7 +134,7 @@ func (r *refcounts) allocLong(n int64) (int64, error) {
 		if end/entries < int64(len(r.table)) {
 			break
 		}
-		if err := r.growTable(end); err != nil {
+		if err := r.lengthen(end / entries); err != nil {
 			return 0, err
 		}
 	}
@@ -149,7 +157,6 @@ func (r *refcounts) allocLong(n int64) (int64, error) {
 	r.c.drop(off, blocks<<im.cb)
 	for k := range blocks {
 		r.table[start/entries+k] = uint64(off + k<<im.cb)
-		r.fresh = append(r.fresh, int(start/entries+k))
 	}
 	for i := start; i < start+blocks+n; i++ {
 		if err := r.set(i, 1); err != nil {

@@ -99,6 +99,14 @@ func (im *Image) commit() error {
 	return r.err
 }
 
+// sync makes refcounts and whatever was written to the file stable.
+func (im *Image) sync() error {
+	if err := im.refs.flush(); err != nil {
+		return err
+	}
+	return im.f.Flush()
+}
+
 // piece is a part of the file as a commit will write it.
 type piece struct {
 	off  int64

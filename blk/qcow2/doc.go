@@ -11,7 +11,8 @@
 //	commit.go                                 how metadata reaches the file, and in which order: the heart of it
 //	file.go                                   the file's length
 //
-// beside those that work on the image as a whole: create.go, resize.go, snapshot.go, check.go and repair.go.
+// beside those that work on the image as a whole: create.go, resize.go, snapshot.go, check.go and repair.go. How resize.go
+// and snapshot.go change it in one step is in shadow.go.
 //
 // # Locks
 //
@@ -23,9 +24,19 @@
 // # Crashes
 //
 // Whatever is killed or loses power in the midst of writing leaves an image without contradictions, and in it all that was
-// flushed; space may be lost, which Check gives back. Snapshots are taken, applied and deleted under the dirty bit, after
-// which the next Open repairs the refcounts, and with lazy refcounts so is everything. Images of version 2 have no such
-// bit: a crash while one of their snapshots changes leaves flags for Check to correct.
+// flushed; space may be lost, which Check gives back. With lazy refcounts, the next Open repairs it first.
+//
+// Snapshots are taken, applied and deleted in one step, in both versions of the format. An image whose process is killed
+// meanwhile, or whose host loses power, has the one state or the other, and no space is lost by it. An operation that
+// fails, because there is no room or for another reason, leaves what there was, in memory as in the file, and the image
+// goes on. Only where the header's own write fails, and writing the old one again, too, nobody knows which state the file
+// has: such an image is not written any more, and opens in the one or the other. The same goes for the size of the disk,
+// but that what lies behind the end of a disk that shrinks may be zero before. The price is room for the tables that
+// change, until they have: about 160 KiB for each GiB of data in clusters of 64 KiB.
+//
+// QEMU, and this package before, change refcounts and copied flags in place, which no order of writes keeps in step. An
+// image that was killed then has flags that contradict refcounts, and lost clusters; in version 3 the dirty bit may say
+// so. Check repairs it in both versions without loss: references are what counts, refcounts and flags follow.
 //
 // # Events
 //

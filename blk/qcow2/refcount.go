@@ -22,7 +22,17 @@ type refcounts struct {
 	next    int64 // no cluster below it is free
 	high    int64 // clusters from here on were never used: zeroes, where the file can grow
 	packed  int64 // where the next compressed data may go, in a cluster that has some; 0: nowhere
+
+	// With a shadow, the file's table and blocks stay what they are; table and the blocks in it that differ from those of
+	// old are what they are going to be.
+	shadow bool
+	old    []uint64 // the file's table
+	due    []due    // refcounts of blocks, which moved while the refcount of something else changed
+	low    int64    // what next will be
 }
+
+// due is a refcount that is to change.
+type due struct{ cluster, d int64 }
 
 func (r *refcounts) init(im *Image, bytes int64) {
 	r.im, r.c = im, newCache(bytes, im.cluster)
@@ -186,6 +196,11 @@ func (r *refcounts) get(i int64) (uint64, error) {
 
 // set changes the refcount of cluster i. mu is held.
 func (r *refcounts) set(i int64, v uint64) error {
+	if r.shadow {
+		if err := r.own(i >> r.im.rbBits); err != nil {
+			return err
+		}
+	}
 	s, k, err := r.slice(i)
 	if err != nil {
 		return err
@@ -216,7 +231,13 @@ func (r *refcounts) add(i int64, d int64) (uint64, error) {
 // definition. mu is held.
 func (r *refcounts) newBlock(i int64) error {
 	b := i >> r.im.rbBits
-	if b >= int64(len(r.table)) {
+	switch {
+	case b < int64(len(r.table)):
+	case r.shadow:
+		if err := r.lengthen(b); err != nil {
+			return err
+		}
+	default:
 		return r.growTable(i)
 	}
 	off := i << r.im.cb
@@ -315,8 +336,7 @@ func (r *refcounts) growTable(i int64) error {
 		return fail(err)
 	}
 	oldOff, oldLen := r.tableOff(), im.clusters(int64(len(r.table))*8)
-	if err := im.updateHeader(func(h *header) { h.rtOff, h.rtClusters = uint64(tableOff), uint32(tableClusters) }); err != nil {
-		im.broken.Store(true) // which table the file has now nobody knows
+	if err := im.switchHeader(func(h *header) { h.rtOff, h.rtClusters = uint64(tableOff), uint32(tableClusters) }); err != nil {
 		return fail(err)
 	}
 	r.table, r.fresh = table, nil
@@ -342,7 +362,11 @@ func (r *refcounts) drop(i int64) error {
 
 // freed notes that nobody uses cluster i any more. mu is held.
 func (r *refcounts) freed(i int64) {
-	r.next = min(r.next, i)
+	if r.shadow {
+		r.low = min(r.low, i)
+	} else {
+		r.next = min(r.next, i)
+	}
 	if r.packed != 0 && r.packed>>r.im.cb == i {
 		r.packed = 0
 	}
@@ -392,4 +416,162 @@ func (r *refcounts) end() (int64, error) {
 		}
 	}
 	return i << r.im.cb, nil
+}
+
+// beginShadow keeps all that is in the file from changes, until takeShadow or dropShadow. What is in memory must have been
+// flushed.
+//
+// Clusters are found from next on only, which does not go back meanwhile: those of blocks that moved are free until their
+// refcounts, which are due, have changed.
+func (r *refcounts) beginShadow() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.shadow, r.old, r.table, r.due, r.low = true, r.table, slices.Clone(r.table), nil, r.next
+}
+
+// dropShadow forgets what changed since beginShadow.
+func (r *refcounts) dropShadow() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.shadow {
+		return
+	}
+	r.table, r.fresh = r.old, nil
+	r.c.filter(func(*slice) bool { return false })
+	r.next = min(r.next, r.low)
+	r.endShadow()
+}
+
+// takeShadow makes the shadow what is in the file.
+func (r *refcounts) takeShadow() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for b, off := range r.old {
+		if off != r.table[b] {
+			r.c.drop(int64(off), r.im.cluster)
+		}
+	}
+	r.fresh = nil
+	r.tableNo++
+	r.next = min(r.next, r.low)
+	r.endShadow()
+}
+
+func (r *refcounts) endShadow() { r.shadow, r.old, r.due = false, nil, nil }
+
+// own moves block b if it is still the file's. mu is held.
+func (r *refcounts) own(b int64) error {
+	if b >= int64(len(r.old)) || r.old[b] == 0 || r.table[b] != r.old[b] {
+		return nil
+	}
+	first, _, err := r.find(1)
+	if err != nil {
+		return err
+	}
+	im, off := r.im, first<<r.im.cb
+	if err := im.meta.claim(im, off, 1); err != nil {
+		return err
+	}
+	r.next = first + 1
+	r.high = max(r.high, first+1)
+	buf := im.cow.Get().(*[]byte)
+	defer im.cow.Put(buf)
+	if err := im.f.read(*buf, int64(r.old[b])); err != nil {
+		return fmt.Errorf("read refcounts: %w", err)
+	}
+	im.f.event("qcow2_refblock_alloc")
+	if err := im.f.write(*buf, off); err != nil {
+		return fmt.Errorf("new refcount block: %w", err)
+	}
+	r.c.drop(off, im.cluster)
+	r.table[b] = uint64(off)
+	// Not at once: their blocks may have to move, too, and so on.
+	r.due = append(r.due, due{first, 1}, due{int64(r.old[b]) >> im.cb, -1})
+	return nil
+}
+
+// wasFree returns a function that tells whether the file has no use for the cluster whose refcount is number k of s, the
+// slice with that of cluster i. mu is held, and the function is good until it is let go of or a slice is loaded.
+func (r *refcounts) wasFree(s *slice, i int64) (func(k int) bool, error) {
+	b := i >> r.im.rbBits
+	if !r.shadow || b >= int64(len(r.old)) || r.old[b] == 0 || r.old[b] == r.table[b] {
+		return func(int) bool { return true }, nil
+	}
+	s.pins++
+	o, err := r.load(s.off - int64(r.table[b]) + int64(r.old[b]))
+	s.pins--
+	if err != nil {
+		return nil, err
+	}
+	return func(k int) bool { return r.im.entry(o.data, k) == 0 }, nil
+}
+
+// lengthen makes room in the shadow's table for block b. mu is held.
+func (r *refcounts) lengthen(b int64) error {
+	im := r.im
+	n := im.clusters((b + 1) * 8)
+	n = max(n, min(n+n/2, maxTableBytes>>im.cb))
+	if n<<im.cb > maxTableBytes {
+		return fmt.Errorf("%w: its refcount table can't grow beyond %d bytes", ErrNoSpace, maxTableBytes)
+	}
+	table := make([]uint64, n<<im.cb/8)
+	copy(table, r.table)
+	r.table = table
+	return nil
+}
+
+// settle changes the refcounts that are due. mu is held.
+func (r *refcounts) settle() error {
+	for len(r.due) > 0 {
+		d := r.due[0]
+		r.due = r.due[1:]
+		v, err := r.add(d.cluster, d.d)
+		if err != nil {
+			return err
+		}
+		if v == 0 {
+			r.freed(d.cluster)
+		}
+	}
+	return nil
+}
+
+// storeShadow writes the shadow's blocks and its table, and returns where that is, in bytes, and its clusters.
+func (r *refcounts) storeShadow() (off int64, clusters uint32, err error) {
+	im := r.im
+	oldOff := r.tableOff()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := im.clusters(int64(len(r.old)) * 8)
+	if len(r.due) == 0 && slices.Equal(r.table, r.old) {
+		return oldOff, uint32(n), nil
+	}
+	for i := range n {
+		r.due = append(r.due, due{oldOff>>im.cb + i, -1})
+	}
+	for {
+		n = im.clusters(int64(len(r.table)) * 8)
+		if off, err = r.allocRunLocked(n); err != nil {
+			return 0, 0, err
+		}
+		if err := im.meta.claim(im, off, n); err != nil {
+			return 0, 0, err
+		}
+		if err := r.settle(); err != nil {
+			return 0, 0, err
+		}
+		if n == im.clusters(int64(len(r.table))*8) {
+			break
+		}
+		for i := range n { // it became longer meanwhile
+			r.due = append(r.due, due{off>>im.cb + i, -1})
+		}
+	}
+	if err := r.writeDirty(); err != nil {
+		return 0, 0, err
+	}
+	if err := im.f.write(encodeEntries(r.table), off); err != nil {
+		return 0, 0, fmt.Errorf("new refcount table: %w", err)
+	}
+	return off, uint32(n), nil
 }

@@ -70,61 +70,11 @@ func (im *Image) WriteStateAt(src iov.Vec, off int64) (int, error) {
 			return int(n), nil
 		}
 		im.end(slot)
-		err := im.exclusive(func() (bool, error) { return im.growL1(need) })
+		err := im.transact(func(s *shadow) error { return s.growL1(need) })
 		if err != nil {
 			return 0, fmt.Errorf("write VM state: %w", err)
 		}
 	}
-}
-
-// growL1 makes room for n L1 entries. It runs exclusively.
-func (im *Image) growL1(n int64) (changed bool, err error) {
-	if n <= int64(len(im.l1)) {
-		return false, nil
-	}
-	if n*8 > maxL1Bytes {
-		return false, fmt.Errorf("%w: an L1 table of %d entries (larger clusters need fewer)", ErrFeature, n)
-	}
-	l1 := make([]uint64, min(n+n/2, maxL1Bytes/8))
-	copy(l1, im.l1)
-	oldOff, oldLen := int64(im.h.l1Off), im.clusters(int64(len(im.l1))*8)
-	if err := im.switchL1(l1, im.size.Load()); err != nil {
-		return true, err
-	}
-	if oldLen == 0 {
-		return true, nil
-	}
-	return true, im.refs.release(freed{off: oldOff, n: oldLen << im.cb})
-}
-
-// dropState forgets the VM state of the active disk. It runs exclusively.
-func (im *Image) dropState() error { return im.dropTables(im.l1Entries(im.size.Load())) }
-
-// dropTables forgets the L1 entries from number from on and what they refer to. It runs exclusively.
-func (im *Image) dropTables(from int64) error {
-	if from >= int64(len(im.l1)) {
-		return nil
-	}
-	old := make([]uint64, len(im.l1))
-	copy(old[from:], im.l1[from:])
-	used := false
-	for _, e := range old {
-		used = used || e != 0
-	}
-	if !used {
-		return nil
-	}
-	im.mu.Lock()
-	clear(im.l1[from:])
-	b := encodeEntries(im.l1[from:])
-	im.mu.Unlock()
-	if err := im.f.write(b, int64(im.h.l1Off)+from*8); err != nil {
-		return err
-	}
-	if err := im.f.Flush(); err != nil {
-		return err
-	}
-	return im.unshare(old)
 }
 
 // Truncate implements blk.Truncater.
@@ -160,22 +110,10 @@ func (im *Image) truncate(size int64) error {
 	if err != nil {
 		return err
 	}
-	return im.exclusive(func() (bool, error) {
-		if err := im.setSize(size); err != nil {
-			return true, err
-		}
-		// Last, because without its tables a disk that still has its old size would show its backing file.
-		return true, im.dropTables(im.l1Entries(size))
+	return im.transact(func(s *shadow) error {
+		s.size = size
+		return s.dropState()
 	})
-}
-
-// setSize gives the disk another size, in the header first.
-func (im *Image) setSize(size int64) error {
-	if err := im.updateHeader(func(h *header) { h.size = uint64(size) }); err != nil {
-		return err
-	}
-	im.size.Store(size)
-	return nil
 }
 
 // cutEntry forgets a cluster behind the end of the disk. Until the disk has its new size, and for good if that fails, the
@@ -196,12 +134,12 @@ func (im *Image) cutEntry(s *slice, i int, e uint64, _ int64) error {
 // extend makes the disk larger. The new bytes are made zero before it is: the last cluster may hold more than the disk
 // had, and the backing file may be longer.
 func (im *Image) extend(old, size int64) error {
-	err := im.exclusive(func() (bool, error) {
+	err := im.transact(func(s *shadow) error {
 		// Where VM state of the active disk would become part of the disk, it goes.
-		if err := im.dropState(); err != nil {
-			return true, err
+		if err := s.dropState(); err != nil {
+			return err
 		}
-		return im.growL1(im.l1Entries(size))
+		return s.growL1(im.l1Entries(size))
 	})
 	if err != nil {
 		return err
@@ -215,8 +153,9 @@ func (im *Image) extend(old, size int64) error {
 	if err != nil {
 		return err
 	}
-	return im.exclusive(func() (bool, error) {
-		return true, im.setSize(size)
+	return im.transact(func(s *shadow) error {
+		s.size = size
+		return nil
 	})
 }
 
