@@ -35,13 +35,12 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"syscall"
 
 	"github.com/kvmlet/kvmlet/guest/lab"
+	"github.com/kvmlet/kvmlet/scripts/internal/measure"
 	"github.com/kvmlet/kvmlet/vmm"
 	"github.com/kvmlet/kvmlet/vmm/kvm"
 )
@@ -109,7 +108,7 @@ func orchestrate(ctx context.Context, o *options) error {
 		timed, err = inLab(ctx, o, dir, o.rounds, false)
 	} else {
 		where = "this host"
-		timed, err = measure(ctx, o, dir, o.rounds)
+		timed, err = gather(ctx, o, dir, o.rounds)
 	}
 	if err != nil {
 		return err
@@ -127,12 +126,8 @@ func orchestrate(ctx context.Context, o *options) error {
 // its init.
 func prepare(ctx context.Context, dir string) (err error) {
 	program := filepath.Join(dir, kvmletFile)
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", program,
-		strings.TrimSuffix(module, "/"))
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	build.Stdout, build.Stderr = os.Stderr, os.Stderr
-	if err := build.Run(); err != nil {
-		return fmt.Errorf("build kvmlet: %w", err)
+	if err := measure.Build(ctx, program); err != nil {
+		return err
 	}
 	i, err := vmm.OpenImage(ctx, vmm.ImageOptions{Agent: true, Init: program})
 	if err != nil {
@@ -194,7 +189,7 @@ func inLab(ctx context.Context, o *options, dir string, r rounds, icount bool) (
 
 // measureHere is the lab's side of inLab.
 func measureHere(ctx context.Context, o *options) error {
-	f, err := measure(ctx, o, o.kit, o.rounds)
+	f, err := gather(ctx, o, o.kit, o.rounds)
 	if err != nil {
 		return err
 	}
@@ -218,13 +213,4 @@ func errString(err error) string {
 		return ""
 	}
 	return err.Error()
-}
-
-// load is the load average of the machine, as /proc/loadavg begins.
-func load() string {
-	b, err := os.ReadFile("/proc/loadavg")
-	if err != nil {
-		return "unknown"
-	}
-	return strings.Join(strings.Fields(string(b))[:3], " ")
 }

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kvmlet/kvmlet/scripts/internal/measure"
 )
 
 // findings are what one host, or one lab, found.
@@ -26,8 +28,8 @@ type findings struct {
 	Phases  []phase `json:",omitempty"`
 }
 
-// measure carries out the rounds on this machine.
-func measure(ctx context.Context, o *options, kit string, r rounds) (_ *findings, err error) {
+// gather carries out the rounds on this machine.
+func gather(ctx context.Context, o *options, kit string, r rounds) (_ *findings, err error) {
 	f := &findings{CPUs: runtime.NumCPU(), Kernel: release(), QEMU: qemuVersion(ctx)}
 	vms, err := machines(ctx, o, kit)
 	if err != nil {
@@ -44,7 +46,7 @@ func measure(ctx context.Context, o *options, kit string, r rounds) (_ *findings
 			return nil, err
 		}
 	}
-	f.Load[0] = load()
+	f.Load[0] = measure.Load()
 	for i := range r.boots + r.starts {
 		order := slices.Clone(vms)
 		if i%2 != 0 {
@@ -65,7 +67,7 @@ func measure(ctx context.Context, o *options, kit string, r rounds) (_ *findings
 			f.Samples = append(f.Samples, s)
 		}
 	}
-	f.Load[1] = load()
+	f.Load[1] = measure.Load()
 	if r.phases {
 		f.Phases, err = measurePhases(ctx, t, o, vms[0], filepath.Join(kit, kvmletFile), r.starts)
 	}
@@ -93,7 +95,7 @@ func measurePhases(
 		}
 	}
 	for i, p := range list {
-		list[i].Took = median(took[p.Name])
+		list[i].Took = measure.Median(took[p.Name])
 	}
 	return list, nil
 }
@@ -104,15 +106,6 @@ func release() string {
 		return "unknown"
 	}
 	return unix.ByteSliceToString(u.Release[:])
-}
-
-// median returns the middle value; of an even number, the lower of the two.
-func median[T ~int64](values []T) T {
-	if len(values) == 0 {
-		return 0
-	}
-	s := slices.Sorted(slices.Values(values))
-	return s[(len(s)-1)/2]
 }
 
 // of returns what get finds in the samples of a machine, without zeros: rounds that did not look.
@@ -136,7 +129,7 @@ func report(w io.Writer, o *options, where string, timed, counted *findings) err
 	var b strings.Builder
 	fmt.Fprintf(&b, "VM: %d CPU(s), %d MiB. Times: medians in %s, %d CPUs, Linux %s, %s; load %s before, %s after.\n",
 		o.cpus, o.memory, where, timed.CPUs, timed.Kernel, timed.QEMU, timed.Load[0], timed.Load[1])
-	fmt.Fprintf(&b, "Instructions: medians in a lab whose one CPU counts them. Load of this host now: %s.\n\n", load())
+	fmt.Fprintf(&b, "Instructions: medians in a lab whose one CPU counts them. Load of this host now: %s.\n\n", measure.Load())
 	b.WriteString("| | kvmlet | QEMU microvm | ratio | aim | rounds, spread |\n|---|--:|--:|--:|--:|---|\n")
 	for _, r := range []struct {
 		what   string
@@ -156,7 +149,7 @@ func report(w io.Writer, o *options, where string, timed, counted *findings) err
 		if len(ours) == 0 || len(theirs) == 0 {
 			continue
 		}
-		a, b2 := median(ours), median(theirs)
+		a, b2 := measure.Median(ours), measure.Median(theirs)
 		fmt.Fprintf(&b, "| %s | %s | %s | %.2f | %s | %d; %s, %s |\n", r.what, r.format(a), r.format(b2),
 			float64(a)/float64(b2), r.aim, len(ours), spread(ours, r.format), spread(theirs, r.format))
 	}

@@ -24,10 +24,11 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
+
+	"github.com/kvmlet/kvmlet/scripts/internal/measure"
 )
 
 type options struct {
@@ -204,11 +205,8 @@ func run(ctx context.Context, o *options, w io.Writer) error {
 	}
 	defer os.RemoveAll(dir)
 	program := filepath.Join(dir, "kvmlet")
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", program, "github.com/kvmlet/kvmlet")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	build.Stderr = os.Stderr
-	if err := build.Run(); err != nil {
-		return fmt.Errorf("build kvmlet: %w", err)
+	if err := measure.Build(ctx, program); err != nil {
+		return err
 	}
 	version, err := output(ctx, "qemu-img", []string{"--version"})
 	if err != nil {
@@ -219,25 +217,25 @@ func run(ctx context.Context, o *options, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	before := load()
+	before := measure.Load()
 	fmt.Fprintf(w, "| load | QEMU | kvmlet | ratio |\n|---|---|---|---|\n")
 	for _, r := range rows(strings.Split(o.caches, ",")) {
 		if !only.MatchString(r.name()) {
 			continue
 		}
-		theirs, ours, err := measure(ctx, o, r, files[r.format], disk, qemu, kvmlet(program))
+		theirs, ours, err := compare(ctx, o, r, files[r.format], disk, qemu, kvmlet(program))
 		if err != nil {
 			return err
 		}
 		fmt.Fprintf(w, "| %s | %.0f | %.0f | %.2f |\n", r.name(), theirs, ours, ours/theirs)
 	}
 	fmt.Fprintf(w, "\nRequests per second, medians of %d rounds. %s; %d CPUs, load %s before and %s after.\n",
-		o.rounds, strings.SplitN(string(version), "\n", 2)[0], runtime.NumCPU(), before, load())
+		o.rounds, strings.SplitN(string(version), "\n", 2)[0], runtime.NumCPU(), before, measure.Load())
 	return nil
 }
 
-// measure returns the medians of both sides. How many requests a round has follows from a first one.
-func measure(ctx context.Context, o *options, r row, file string, disk int64, sides ...bench) (first, second float64, err error) {
+// compare returns the medians of both sides. How many requests a round has follows from a first one.
+func compare(ctx context.Context, o *options, r row, file string, disk int64, sides ...bench) (first, second float64, err error) {
 	const few = 500
 	speed, err := sides[0](ctx, r, file, disk, few)
 	if err != nil {
@@ -257,12 +255,7 @@ func measure(ctx context.Context, o *options, r row, file string, disk int64, si
 			}
 		}
 	}
-	return median(results[0]), median(results[1]), nil
-}
-
-func median(values []float64) float64 {
-	slices.Sort(values)
-	return values[len(values)/2]
+	return measure.Median(results[0]), measure.Median(results[1]), nil
 }
 
 // makeDisks fills a raw disk and a qcow2 image of the same contents, which no file system can leave out.
@@ -281,13 +274,4 @@ func makeDisks(ctx context.Context, dir string, size int64) (map[string]string, 
 	}
 	_, err = output(ctx, "qemu-img", []string{"convert", "-f", "raw", "-O", "qcow2", files["raw"], files["qcow2"]})
 	return files, err
-}
-
-// load returns the number of processes that ran lately, as /proc tells it.
-func load() string {
-	b, err := os.ReadFile("/proc/loadavg")
-	if err != nil {
-		return "unknown"
-	}
-	return strings.Fields(string(b))[0]
 }
