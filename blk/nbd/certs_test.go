@@ -8,12 +8,17 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
+	"io/fs"
 	"math/big"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/kvmlet/kvmlet/blk/nbd"
 )
 
 // certs is a certificate authority with a server and a client, all new, in files of the names that QEMU, nbdkit and
@@ -70,11 +75,36 @@ func newCerts(tb testing.TB) *certs {
 			caKey = key
 		}
 	}
-	pair, err := tls.LoadX509KeyPair(filepath.Join(c.dir, "server-cert.pem"), filepath.Join(c.dir, "server-key.pem"))
+	var err error
+	c.server, err = nbd.ServerTLS(c.dir)
 	must(err)
-	pool := x509.NewCertPool()
-	pool.AddCert(ca)
-	c.server = &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}, ClientCAs: pool,
-		ClientAuth: tls.RequireAndVerifyClientCert}
 	return c
+}
+
+func TestServerTLS(t *testing.T) {
+	t.Parallel()
+	c := newCerts(t)
+	if c.server.ClientAuth != tls.RequireAndVerifyClientCert || c.server.ClientCAs == nil {
+		t.Error("an authority is there, and clients need no certificate")
+	}
+	ca := filepath.Join(c.dir, "ca-cert.pem")
+	if err := os.WriteFile(ca, []byte("nothing"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := nbd.ServerTLS(c.dir); err == nil || !strings.Contains(err.Error(), ca) {
+		t.Errorf("an authority that is none: %v", err)
+	}
+	if err := os.Remove(ca); err != nil {
+		t.Fatal(err)
+	}
+	open, err := nbd.ServerTLS(c.dir)
+	if err != nil || open.ClientAuth != tls.NoClientCert || len(open.Certificates) != 1 {
+		t.Errorf("no authority: %+v, %v", open, err)
+	}
+	if err := os.Remove(filepath.Join(c.dir, "server-key.pem")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := nbd.ServerTLS(c.dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no key: %v", err)
+	}
 }

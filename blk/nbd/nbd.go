@@ -10,7 +10,7 @@
 //	client.go     requests, and what blk.Backend asks for       session.go    requests
 //	replies.go    what the server answers                       server.go     listeners, connections, shutdown
 //	reconnect.go  when the connection is lost
-//	link.go       bytes on a connection, for both
+//	link.go       bytes on a connection, for both        certs.go      certificates, for both
 //
 // # Buffers
 //

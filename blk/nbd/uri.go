@@ -1,13 +1,9 @@
 package nbd
 
 import (
-	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"net"
 	"net/url"
-	"os"
-	"path/filepath"
 	"strings"
 )
 
@@ -99,35 +95,4 @@ func parseURI(uri string) (Options, error) {
 		return Options{}, fmt.Errorf("parameter %q is not known here", name)
 	}
 	return o, nil
-}
-
-// ClientTLS returns a configuration for Options.TLS with the certificates in dir, by the names that libnbd and QEMU give
-// them: ca-cert.pem, and client-cert.pem with client-key.pem, each of which may be missing. An empty dir means the
-// system's authorities and no certificate of the client. The server's certificate must be for host.
-func ClientTLS(dir, host string) (*tls.Config, error) {
-	c := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: host}
-	if dir == "" {
-		return c, nil
-	}
-	ca := filepath.Join(dir, "ca-cert.pem")
-	switch pem, err := os.ReadFile(ca); {
-	case err == nil:
-		c.RootCAs = x509.NewCertPool()
-		if !c.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("%s: no certificate in PEM form", ca)
-		}
-	case !os.IsNotExist(err):
-		return nil, err
-	}
-	cert := filepath.Join(dir, "client-cert.pem")
-	if _, err := os.Stat(cert); err == nil {
-		pair, err := tls.LoadX509KeyPair(cert, filepath.Join(dir, "client-key.pem"))
-		if err != nil {
-			return nil, err
-		}
-		c.Certificates = []tls.Certificate{pair}
-	} else if !os.IsNotExist(err) {
-		return nil, err
-	}
-	return c, nil
 }

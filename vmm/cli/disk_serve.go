@@ -3,8 +3,6 @@ package cli
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -99,7 +97,7 @@ func (o *serveOptions) run(ctx context.Context, s streams) (err error) {
 	}
 	server := nbd.Server{Log: func(client net.Addr, err error) { logClient(s, client, err) }}
 	if o.tls != "" {
-		if server.TLS, err = serverTLS(o.tls); err != nil {
+		if server.TLS, err = nbd.ServerTLS(o.tls); err != nil {
 			return fmt.Errorf("--tls: %w", err)
 		}
 	}
@@ -251,26 +249,4 @@ func clearSocket(path string) error {
 		return err
 	}
 	return os.Remove(path)
-}
-
-// serverTLS reads the certificates in dir.
-func serverTLS(dir string) (*tls.Config, error) {
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server-cert.pem"), filepath.Join(dir, "server-key.pem"))
-	if err != nil {
-		return nil, err
-	}
-	c := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}}
-	ca := filepath.Join(dir, "ca-cert.pem")
-	pem, err := os.ReadFile(ca)
-	if errors.Is(err, fs.ErrNotExist) {
-		return c, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	c.ClientAuth, c.ClientCAs = tls.RequireAndVerifyClientCert, x509.NewCertPool()
-	if !c.ClientCAs.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("%s: no certificate in PEM form", ca)
-	}
-	return c, nil
 }
