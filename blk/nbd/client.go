@@ -93,8 +93,10 @@ func Dial(ctx context.Context, o Options) (*Client, error) {
 	return c, nil
 }
 
-// Size returns the export's size in bytes, which need not be a multiple of blk.SectorSize.
-func (c *Client) Size() int64 { return c.export.Load().size }
+// Size returns the size of the disk in bytes: that of the export, rounded up to whole sectors. The bytes behind the
+// export's end read as zeroes. Zeroes may be written there; anything else fails with ENOSPC, before any of it is sent,
+// since an export does not grow as a file does.
+func (c *Client) Size() int64 { return c.export.Load().sectors() }
 
 // Limits returns the server's block size constraints.
 func (c *Client) Limits() blk.Limits { return c.export.Load().limits() }
@@ -164,8 +166,11 @@ func (c *Client) BlockStatus(off, n int64) (blk.Status, int64, error) {
 	if err := e.checkRange(off, n); err != nil || n <= 0 {
 		return blk.Status{}, 0, err
 	}
+	if off >= e.size {
+		return blk.Status{Flags: blk.StatusZero | blk.StatusAllocated}, n, nil
+	}
 	align := int64(e.limits().RequestAlign)
-	n = min(n, c.Limits().MaxDiscard)
+	n = min(n, e.size-off, c.Limits().MaxDiscard)
 	r := getRequest(cmdBlockStatus, cmdReqOne, off, n)
 	defer putBack(r)
 	if err := c.do(r); err != nil {
@@ -272,14 +277,18 @@ func (c *Client) Close() error {
 	return nil
 }
 
+// checkRange checks a range of the disk, which may end behind the export.
 func (e *export) checkRange(off, n int64) error {
-	if off < 0 || n < 0 || off > e.size || n > e.size-off {
+	if size := e.sectors(); off < 0 || n < 0 || off > size || n > size-off {
 		return blk.ErrRange
 	}
 	return nil
 }
 
-// transfer carries out a read or write, in pieces of MaxTransfer.
+// inside returns how many of n bytes at off are the export's.
+func (e *export) inside(off, n int64) int64 { return min(n, max(e.size-off, 0)) }
+
+// transfer carries out a read or write, in pieces of MaxTransfer. A read is short where the export ends.
 func (c *Client) transfer(cmd, flags uint16, v iov.Vec, off int64) (int, error) {
 	e, size := c.export.Load(), v.Size()
 	if cmd == cmdWrite && e.has(flagReadOnly) {
@@ -288,9 +297,15 @@ func (c *Client) transfer(cmd, flags uint16, v iov.Vec, off int64) (int, error) 
 	if err := e.checkRange(off, int64(size)); err != nil || size == 0 {
 		return 0, err
 	}
+	end := int(e.inside(off, int64(size)))
+	if cmd == cmdWrite && end < size {
+		if zero, err := v.IsZeroRange(end, size-end); err != nil || !zero {
+			return 0, errors.Join(err, fmt.Errorf("nbd: write behind the end of an export of %d bytes: %w", e.size, unix.ENOSPC))
+		}
+	}
 	most := int(e.limits().MaxTransfer)
-	for done := 0; done < size; {
-		n := min(size-done, most)
+	for done := 0; done < end; {
+		n := min(end-done, most)
 		r := getRequest(cmd, flags, off+int64(done), int64(n))
 		r.vec, r.vecOff = v, done
 		err := c.do(r)
@@ -299,6 +314,9 @@ func (c *Client) transfer(cmd, flags uint16, v iov.Vec, off int64) (int, error) 
 			return done, err
 		}
 		done += n
+	}
+	if cmd == cmdRead {
+		return end, nil
 	}
 	return size, nil
 }
@@ -312,7 +330,7 @@ func (c *Client) ranged(cmd, flags uint16, off, n, most int64) error {
 	if err := e.checkRange(off, n); err != nil {
 		return err
 	}
-	for n > 0 {
+	for n = e.inside(off, n); n > 0; {
 		k := min(n, most)
 		r := getRequest(cmd, flags, off, k)
 		err := c.do(r)

@@ -62,6 +62,11 @@ type export struct {
 	maxBlock   uint32
 }
 
+// sectors returns the size in whole sectors, in bytes.
+func (e *export) sectors() int64 {
+	return (min(e.size, math.MaxInt64&^(blk.SectorSize-1)) + blk.SectorSize - 1) &^ (blk.SectorSize - 1)
+}
+
 func (e *export) has(flag uint16) bool { return e.flags&flag != 0 }
 
 // same reports whether o is the same export as e, as far as can be seen.

@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -254,7 +257,7 @@ func TestNbdkitErrors(t *testing.T) {
 	}
 }
 
-func TestReadOnlyAndOddPeers(t *testing.T) {
+func TestReadOnlyAndOldPeers(t *testing.T) {
 	t.Parallel()
 	c := dial(t, nbdkit(t, "pattern", "1M"))
 	if _, err := c.WriteVecAt(iov.Of(make([]byte, 512)), 0); !c.ReadOnly() || !errors.Is(err, blk.ErrReadOnly) {
@@ -263,15 +266,97 @@ func TestReadOnlyAndOddPeers(t *testing.T) {
 	if err := c.Flush(); err != nil {
 		t.Error(err)
 	}
-	odd := dial(t, nbdkit(t, "memory", "1000001"))
-	if odd.Size() != 1000001 {
-		t.Errorf("size %d", odd.Size())
-	}
-	mustWrite(t, odd, []byte("end"), 999998)
-	mustRead(t, odd, []byte("end"), 999998)
 	if _, err := nbd.Dial(testContext(t), nbdkit(t, "--oldstyle", "memory", "1M")); !errors.Is(err, nbd.ErrProtocol) {
 		t.Errorf("oldstyle: %v", err)
 	}
+}
+
+// An export that does not end with a sector is a disk whose last sector ends with zeroes.
+func TestOddSizes(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		size int // of the export
+		args []string
+	}{
+		"odd":            {1_000_001, nil},
+		"simple replies": {1_000_001, []string{"--no-sr"}},
+		"no block sizes": {1_000_001, []string{"--mask-handshake=0"}},
+		"tiny":           {1, nil},
+		"blocks of 4":    {1_000_004, []string{"--filter=blocksize-policy", "blocksize-minimum=4", "blocksize-error-policy=error"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			o := nbdkit(t, append([]string{"memory", strconv.Itoa(tc.size)}, tc.args...)...)
+			c := dial(t, o)
+			sectors := (int64(tc.size) + 511) &^ 511
+			if c.Size() != sectors {
+				t.Errorf("size %d, want %d", c.Size(), sectors)
+			}
+			exerciseEnd(t, dial(t, o), tc.size)
+			// The same through a server of ours, which offers the disk.
+			s := serve(t, nbd.Export{Disk: newDevice(t, c, blk.Options{})})
+			exerciseEnd(t, dial(t, s.options()), tc.size)
+			uri := s.uri("")
+			if out := strings.TrimSpace(run(t, hosttest.Tool(t, "nbdinfo"), "--size", uri)); out != fmt.Sprint(sectors) {
+				t.Errorf("nbdinfo: %s", out)
+			}
+			file := filepath.Join(t.TempDir(), "file")
+			run(t, hosttest.Tool(t, "nbdcopy"), uri, file)
+			mustRead(t, c, contents(t, file)[:tc.size], 0)
+			run(t, hosttest.Tool(t, "nbdcopy"), file, uri)
+			run(t, hosttest.Tool(t, "qemu-img"), "compare", "-f", "raw", "-F", "raw", uri, file)
+		})
+	}
+	_, err := nbd.Dial(testContext(t), nbdkit(t, "memory", "1000001", "--filter=blocksize-policy", "blocksize-minimum=512"))
+	if err == nil || !strings.Contains(err.Error(), "can't be reached") {
+		t.Errorf("an export whose last bytes nobody can have: %v", err)
+	}
+}
+
+// exerciseEnd uses the last sectors of a disk of whole sectors of which size bytes are stored.
+func exerciseEnd(t *testing.T, c *nbd.Client, size int) {
+	t.Helper()
+	d := newDevice(t, c, blk.Options{DetectZeroes: blk.DetectOff})
+	ctx := testContext(t)
+	from := int64(max(size-2000, 0)) &^ 511
+	want := make([]byte, d.Size()-from)
+	stored := want[:int64(size)-from]
+	check := func() {
+		t.Helper()
+		mustRead(t, d, want, from)
+		mustRead(t, d, want[len(want)-1:], d.Size()-1)
+	}
+	copy(stored, noise(len(stored), 1))
+	mustWrite(t, d, want, from) // zeroes behind the end
+	check()
+	copy(stored, noise(len(stored), 2))
+	if err := d.Do(ctx, &blk.Request{Op: blk.OpWrite, Flags: blk.FUA, Off: from, Vec: iov.Of(want[:1], want[1:])}); err != nil {
+		t.Errorf("FUA: %v", err)
+	}
+	check()
+	stored[len(stored)-1] ^= 0xff
+	mustWrite(t, d, stored[len(stored)-1:], int64(size)-1)
+	mustWrite(t, d, want[len(stored):], int64(size)) // nothing but zeroes
+	check()
+	bad := noise(len(want), 3)
+	if _, err := d.WriteVecAt(iov.Of(bad), from); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("data behind the end: %v", err)
+	}
+	check()
+	for off := from; off < d.Size(); {
+		st, run, err := d.BlockStatus(ctx, off, d.Size()-off)
+		if err != nil || run <= 0 || off >= int64(size) && st.Flags&blk.StatusZero == 0 {
+			t.Fatalf("status at %d: %+v, %d, %v", off, st, run, err)
+		}
+		off += run
+	}
+	if err := errors.Join(d.WriteZeroes(ctx, from, d.Size()-from, blk.MayUnmap), d.Discard(ctx, from, d.Size()-from), d.Flush()); err != nil {
+		t.Error(err)
+	}
+	clear(want)
+	check()
+	copy(stored, noise(len(stored), 4))
+	mustWrite(t, d, want, from)
 }
 
 // A server that is killed and comes back, on the same file.

@@ -6,11 +6,13 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/nbd"
+	"github.com/kvmlet/kvmlet/blk/raw"
 	"github.com/kvmlet/kvmlet/guest/hosttest"
 )
 
@@ -203,5 +205,45 @@ func TestServesLibnbdOverTLS(t *testing.T) {
 	run(t, cp, file, uri)
 	if !bytes.Equal(m.bytes(0, 1<<20), want) {
 		t.Error("nbdcopy went wrong")
+	}
+}
+
+// A file that does not end with a sector is served as the disk that blk/raw makes of it.
+func TestServesOddFile(t *testing.T) {
+	t.Parallel()
+	const size, sectors = 1_000_001, 1_000_448
+	dir := t.TempDir()
+	file, back := filepath.Join(dir, "file"), filepath.Join(dir, "back")
+	want := noise(size, 1)
+	if err := os.WriteFile(file, want, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b, err := raw.Open(file, raw.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := serve(t, nbd.Export{Disk: newDevice(t, b, blk.Options{})})
+	uri := s.uri("")
+	exported := append(bytes.Clone(want), make([]byte, sectors-size)...)
+	for _, args := range [][]string{
+		{hosttest.Tool(t, "nbdcopy"), uri, back},
+		{hosttest.Tool(t, "qemu-img"), "convert", "-f", "raw", "-O", "raw", uri, back},
+	} {
+		run(t, args[0], args[1:]...)
+		if !bytes.Equal(contents(t, back), exported) {
+			t.Errorf("%s copies something else", args[0])
+		}
+	}
+	if out := strings.TrimSpace(run(t, hosttest.Tool(t, "nbdinfo"), "--size", uri)); out != strconv.Itoa(sectors) {
+		t.Errorf("nbdinfo: %s", out)
+	}
+	c := dial(t, s.options())
+	mustRead(t, c, exported, 0)
+	if !bytes.Equal(contents(t, file), want) {
+		t.Error("reading has changed the file")
+	}
+	mustWrite(t, c, []byte("end"), sectors-3)
+	if got := contents(t, file); len(got) != sectors || !bytes.Equal(got[:size], want) || string(got[sectors-3:]) != "end" {
+		t.Errorf("a file of %d bytes after its last sector was written", len(got))
 	}
 }

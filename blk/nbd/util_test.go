@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
@@ -217,6 +218,16 @@ func mustRead(tb testing.TB, c iov.ReaderAt, want []byte, off int64) {
 	if !bytes.Equal(got, want) {
 		tb.Fatalf("%d bytes at %d are not what was written", len(want), off)
 	}
+}
+
+// contents returns what is in a file.
+func contents(tb testing.TB, path string) []byte {
+	tb.Helper()
+	p, err := os.ReadFile(path)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return p
 }
 
 // run runs a program to its end and returns what it printed.
