@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -16,7 +17,49 @@ import (
 const (
 	readAhead = 8 << 10  // read with a header; below what another system call costs to copy
 	gatherLen = 16 << 10 // written at once where bytes are copied anyhow: a TLS record
+
+	// leastProgress is how many bytes a peer must take or send in the time that it is given. Any fewer would do to tell
+	// that it is there, and let it hold on to the memory of a request for days.
+	leastProgress = 64 << 10
 )
+
+// patience bounds how long a peer may keep us waiting within a message. The zero value never ends.
+type patience struct {
+	limit time.Duration // for leastProgress bytes, or what is left of the message
+	set   func(time.Time) error
+	armed bool // a deadline is set
+	moved int  // bytes since then
+}
+
+// wait is called when the peer lets us wait, or may do so. Messages that need no waiting cost no deadline.
+func (p *patience) wait() {
+	if p.limit > 0 && !p.armed {
+		p.arm()
+	}
+}
+
+func (p *patience) arm() {
+	p.armed, p.moved = true, 0
+	_ = p.set(time.Now().Add(p.limit)) // fails on a closed connection, as what follows does
+}
+
+// progress notes n bytes.
+func (p *patience) progress(n int) {
+	if !p.armed {
+		return
+	}
+	if p.moved += n; p.moved >= leastProgress {
+		p.arm()
+	}
+}
+
+// end is called when nothing is owed any more.
+func (p *patience) end() {
+	if p.armed {
+		p.armed = false
+		_ = p.set(time.Time{})
+	}
+}
 
 // link carries the bytes of one connection. One goroutine at a time may read and one may send, beside each other.
 type link struct {
@@ -27,14 +70,17 @@ type link struct {
 	r, w int
 
 	rx struct {
-		vec iov.Vec
-		n   int
-		err error
+		vec  iov.Vec
+		n    int
+		err  error
+		owed bool // a message has begun, and is not complete
+		patience
 	}
 	tx struct {
 		vec       iov.Vec
 		off, left int
 		err       error
+		patience
 	}
 	receiving, sending func(fd uintptr) bool // made once: a method value allocates
 
@@ -66,10 +112,18 @@ func (l *link) upgrade(conn net.Conn) error {
 
 func (l *link) Close() error { return l.conn.Close() }
 
-// readFull fills p. io.EOF means that nothing came, io.ErrUnexpectedEOF that less did.
+// limitStalls bounds how long the peer may take for a message that has begun, in both directions. Between messages it may
+// take all the time in the world.
+func (l *link) limitStalls(limit time.Duration) {
+	l.rx.patience = patience{limit: limit, set: l.conn.SetReadDeadline}
+	l.tx.patience = patience{limit: limit, set: l.conn.SetWriteDeadline}
+}
+
+// readFull fills p, with which a message may begin. io.EOF means that nothing came, io.ErrUnexpectedEOF that less did.
 func (l *link) readFull(p []byte) error {
 	for n := 0; n < len(p); {
 		if l.r == l.w {
+			l.rx.owed = n > 0
 			if err := l.fill(); err != nil {
 				if err == io.EOF && n > 0 {
 					err = io.ErrUnexpectedEOF
@@ -81,11 +135,13 @@ func (l *link) readFull(p []byte) error {
 		l.r += k
 		n += k
 	}
+	l.rx.end()
 	return nil
 }
 
-// readVec receives n bytes into v at off.
+// readVec receives n bytes into v at off, in the midst of a message.
 func (l *link) readVec(v iov.Vec, off, n int) error {
+	l.rx.owed = true
 	if n > 0 && l.r < l.w {
 		k, err := v.CopyFrom(off, l.buf[l.r:min(l.w, l.r+n)])
 		if err != nil {
@@ -118,11 +174,13 @@ func (l *link) readVec(v iov.Vec, off, n int) error {
 		off += k
 		n -= k
 	}
+	l.rx.end()
 	return nil
 }
 
 // skip drops n bytes.
 func (l *link) skip(n int) error {
+	l.rx.owed = true
 	for n > 0 {
 		if l.r == l.w {
 			if err := l.fill(); err != nil {
@@ -133,6 +191,7 @@ func (l *link) skip(n int) error {
 		l.r += k
 		n -= k
 	}
+	l.rx.end()
 	return nil
 }
 
@@ -150,10 +209,14 @@ func (l *link) fill() error {
 // recv waits for bytes and receives at least one into rx.vec.
 func (l *link) recv() (int, error) {
 	if l.raw == nil {
+		if l.rx.owed {
+			l.rx.wait()
+		}
 		for _, r := range l.rx.vec {
 			if r.Len() > 0 {
 				n, err := l.conn.Read(r.Bytes())
 				if n > 0 {
+					l.rx.progress(n)
 					return n, nil
 				}
 				if err == nil {
@@ -170,13 +233,20 @@ func (l *link) recv() (int, error) {
 	if l.rx.n == 0 && l.rx.err == nil {
 		return 0, io.EOF
 	}
+	l.rx.progress(l.rx.n)
 	return l.rx.n, l.rx.err
 }
 
 // receive makes one readv; false asks to be called again when there is something to read.
 func (l *link) receive(fd uintptr) bool {
 	l.rx.n, l.rx.err = iov.Read(int(fd), l.rx.vec)
-	return l.rx.err != unix.EAGAIN
+	if l.rx.err != unix.EAGAIN {
+		return true
+	}
+	if l.rx.owed {
+		l.rx.wait()
+	}
+	return false
 }
 
 // send sends head and then n bytes of v at off.
@@ -194,6 +264,7 @@ func (l *link) send(head []byte, v iov.Vec, off, n int) error {
 	}
 	l.tx.off, l.tx.left, l.tx.err = 0, len(head)+n, nil
 	err := l.raw.Write(l.sending)
+	l.tx.end()
 	clear(l.tx.vec)
 	return errors.Join(err, l.tx.err)
 }
@@ -203,11 +274,16 @@ func (l *link) transmit(fd uintptr) bool {
 	n, err := iov.Send(int(fd), l.tx.vec, l.tx.off, l.tx.left)
 	l.tx.off += n
 	l.tx.left -= n
+	l.tx.progress(n)
 	if err == unix.EAGAIN {
-		return false
+		err = nil
 	}
 	l.tx.err = err
-	return err != nil || l.tx.left == 0
+	if err != nil || l.tx.left == 0 {
+		return true
+	}
+	l.tx.wait()
+	return false
 }
 
 // copyOut sends through a buffer.
@@ -226,10 +302,13 @@ func (l *link) copyOut(head []byte, v iov.Vec, off, n int) error {
 			off += k
 			n -= k
 		}
+		l.tx.wait()
 		if _, err := l.conn.Write(l.gather[:used+k]); err != nil {
 			return err
 		}
+		l.tx.progress(used + k)
 	}
+	l.tx.end()
 	return nil
 }
 

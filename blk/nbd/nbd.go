@@ -11,6 +11,7 @@
 //	replies.go    what the server answers                       server.go     listeners, connections, shutdown
 //	reconnect.go  when the connection is lost
 //	link.go       bytes on a connection, for both        certs.go      certificates, for both
+//	budget.go     the memory of a Server
 //
 // # Buffers
 //

@@ -30,12 +30,25 @@ type Server struct {
 	// TLS demands TLS of every client, before it learns anything about the exports. Nil means plain text.
 	TLS *tls.Config
 
-	// HandshakeTimeout is how long a client may take until its first request; 0 means 30 s. After that it may idle.
+	// HandshakeTimeout is how long a client may take until it has chosen an export; 0 means 30 s. After that it may idle.
 	HandshakeTimeout time.Duration
 
-	MaxConns    int   // connections at a time, more wait to be accepted; 0 means 32
+	// StallTimeout is how long a client that has begun a request may take for the rest of it, or for an answer that it
+	// is sent; or for 64 KiB of these where they are longer. 0 means a minute. Later it is disconnected.
+	StallTimeout time.Duration
+
+	// MaxConns is how many connections are served at a time; 0 means 32. More are left waiting, without a greeting, until
+	// one of these ends.
+	MaxConns int
+
 	MaxRequests int   // requests under way on one connection, more wait to be read; 0 means 64
 	MaxBytes    int64 // their payload in bytes, likewise; 0 means 64 MiB. At least one request of any length is let in.
+
+	// MaxMemory is how many bytes the payload of all connections may take up at a time; 0 means 256 MiB, and anything
+	// below the largest request, of 32 MiB, that. Requests wait for it before their payload is read or fetched. Each
+	// connection has the same share of it, and may exceed that by a single request at most. Memory that was
+	// given back and not collected yet comes on top.
+	MaxMemory int64
 
 	// Log is told why connections ended that did not end well. Nil means that nobody wants to know.
 	Log func(client net.Addr, err error)
@@ -49,6 +62,7 @@ type Server struct {
 	stopped   bool
 	ends      sync.WaitGroup // of the connections
 	slots     chan struct{}  // one value for each connection
+	memory    budget
 }
 
 // Serve exports over ln until ctx ends, gives requests under way five seconds to end then, and returns. The error is
@@ -91,16 +105,16 @@ func (s *Server) Serve(ln net.Listener) error {
 	}()
 	pause := time.Duration(0)
 	for {
-		select {
-		case s.slots <- struct{}{}:
-		case <-s.stopping:
-			return ErrServerClosed
-		}
 		nc, err := ln.Accept()
 		switch {
 		case err == nil:
 			pause = 0
-			s.admit(nc)
+			select {
+			case s.slots <- struct{}{}:
+				s.admit(nc)
+			case <-s.stopping:
+				nc.Close()
+			}
 			continue
 		case s.isStopping():
 			return ErrServerClosed
@@ -108,7 +122,6 @@ func (s *Server) Serve(ln net.Listener) error {
 			return fmt.Errorf("nbd: %w", err)
 		}
 		// Out of descriptors, most likely: they come back when connections end.
-		<-s.slots
 		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
 		select {
 		case <-time.After(pause):
@@ -159,6 +172,7 @@ func (s *Server) init() {
 		s.listeners, s.conns = map[net.Listener]struct{}{}, map[*serverConn]struct{}{}
 		s.stopping = make(chan struct{})
 		s.slots = make(chan struct{}, orDefault(s.MaxConns, 32))
+		s.memory.limit = max(orDefault(s.MaxMemory, 256<<20), maxBlock)
 		s.ctx, s.cancel = context.WithCancel(context.Background())
 	}
 }

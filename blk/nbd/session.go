@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/bits"
+	"os"
 	"sync"
 	"time"
 
@@ -18,9 +19,9 @@ import (
 const (
 	defaultRequests = 64
 	defaultBytes    = 64 << 20
+	defaultStall    = time.Minute
 
-	maxExtents = 1024             // runs in one answer to a block status
-	lastWords  = 10 * time.Second // for answers to a client that does not ask any more
+	maxExtents = 1024 // runs in one answer to a block status
 )
 
 // session is the transmission phase with one client.
@@ -51,7 +52,10 @@ type session struct {
 	active  int       // requests under way
 	bytes   int64     // their payload
 	limit   int64
-	closing bool // the server shuts down
+	closing bool  // the server shuts down
+	stalled error // the client did not take an answer
+
+	memory *holder // of Server.memory
 }
 
 // task is a request under way. Each worker has one for its whole life.
@@ -76,14 +80,20 @@ func newSession(c *serverConn) *session {
 		limit: orDefault(c.s.MaxBytes, defaultBytes),
 	}
 	ss.room.L = &ss.mu
+	ss.link.limitStalls(orDefault(c.s.StallTimeout, defaultStall))
 	return ss
 }
 
 // run serves requests until the client or the server ends the session.
 func (ss *session) run() error {
+	ss.memory = ss.s.memory.join()
+	defer ss.memory.leave()
 	ss.workers = 1
 	ss.ends.Go(ss.work)
 	ss.ends.Wait()
+	if ss.stalled != nil {
+		return ss.stalled
+	}
 	return ss.err
 }
 
@@ -104,9 +114,19 @@ func (ss *session) work() {
 		err := ss.carryOut(t)
 		ss.done(t)
 		if err != nil {
-			ss.link.Close() // what was to be sent is cut short: nothing can follow
+			ss.cut(err)
 		}
 	}
+}
+
+// cut ends the session when sending has failed: an answer is cut short, and nothing can follow.
+func (ss *session) cut(err error) {
+	ss.mu.Lock()
+	if ss.stalled == nil && errors.Is(err, os.ErrDeadlineExceeded) {
+		ss.stalled = fmt.Errorf("the client does not take its answers: %w", err)
+	}
+	ss.mu.Unlock()
+	ss.c.plain.Close() // TLS would wait to say good-bye
 }
 
 // next waits for the lead and reads a request. It returns false when there will be none.
@@ -123,6 +143,7 @@ func (ss *session) next(t *task) bool {
 		return false
 	}
 	if err := ss.read(t); err != nil {
+		ss.giveBack(t)
 		ss.end(err)
 		return false
 	}
@@ -146,22 +167,29 @@ func (ss *session) end(err error) {
 	ss.mu.Unlock()
 	switch {
 	case err == errSoft, err == io.EOF, closing:
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		ss.err = fmt.Errorf("the client stopped in the midst of a request: %w", err)
 	default:
 		ss.err = err
 	}
 	if errors.Is(err, ErrProtocol) {
 		ss.link.Close()
-		return
 	}
-	_ = ss.link.conn.SetWriteDeadline(time.Now().Add(lastWords))
+}
+
+// giveBack gives back the buffer of t.
+func (ss *session) giveBack(t *task) {
+	if t.buf != nil {
+		n := int64(len(t.buf.data))
+		t.buf.release()
+		t.buf = nil
+		ss.memory.release(n)
+	}
 }
 
 // done gives back what t has taken.
 func (ss *session) done(t *task) {
-	if t.buf != nil {
-		t.buf.release()
-		t.buf = nil
-	}
+	ss.giveBack(t)
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	ss.active--
@@ -196,7 +224,9 @@ func (ss *session) read(t *task) error {
 			return nil // refused later
 		}
 		ss.take(t)
-		t.buf = getBuffer(int(t.n))
+		class := bufferClass(int(t.n))
+		ss.memory.take(1 << class)
+		t.buf = getBuffer(class)
 		t.vec = append(t.vec[:0], iov.RangeOf(t.buf.data[:t.n]))
 		if t.cmd == cmdWrite {
 			return unexpected(ss.link.readVec(t.vec, 0, int(t.n)))
@@ -469,8 +499,10 @@ const minBuffer = 4 << 10
 
 var buffers [bits.UintSize]sync.Pool // by the binary logarithm of the size
 
-func getBuffer(n int) *buffer {
-	class := bits.Len(uint(max(n, minBuffer) - 1))
+// bufferClass returns the binary logarithm of the size of a buffer for n bytes.
+func bufferClass(n int) int { return bits.Len(uint(max(n, minBuffer) - 1)) }
+
+func getBuffer(class int) *buffer {
 	pool := &buffers[class]
 	if b, ok := pool.Get().(*buffer); ok {
 		return b

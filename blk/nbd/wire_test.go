@@ -24,8 +24,8 @@ type peer struct {
 	nc net.Conn
 }
 
-// connect connects to s and answers its greeting with flags.
-func (s *server) connect(tb testing.TB, flags byte) *peer {
+// dialRaw connects to s.
+func (s *server) dialRaw(tb testing.TB) *peer {
 	tb.Helper()
 	nc, err := net.Dial("unix", s.socket)
 	if err != nil {
@@ -33,7 +33,13 @@ func (s *server) connect(tb testing.TB, flags byte) *peer {
 	}
 	tb.Cleanup(func() { nc.Close() })
 	nc.SetDeadline(time.Now().Add(timeout))
-	p := &peer{tb, nc}
+	return &peer{tb, nc}
+}
+
+// connect connects to s and answers its greeting with flags.
+func (s *server) connect(tb testing.TB, flags byte) *peer {
+	tb.Helper()
+	p := s.dialRaw(tb)
 	p.expect("greeting", hello(3))
 	p.send([]byte{0, 0, 0, flags})
 	return p
@@ -478,6 +484,7 @@ func (c *said) Read(p []byte) (int, error)       { return c.rest.Read(p) }
 func (c *said) Write(p []byte) (int, error)      { return len(p), nil }
 func (c *said) Close() error                     { c.once.Do(func() { close(c.closed) }); return nil }
 func (c *said) SetDeadline(time.Time) error      { return nil }
+func (c *said) SetReadDeadline(time.Time) error  { return nil }
 func (c *said) SetWriteDeadline(time.Time) error { return nil }
 func (c *said) RemoteAddr() net.Addr             { return &net.UnixAddr{Name: "fuzz"} }
 

@@ -46,8 +46,10 @@ func newDiskServe(s streams) *cobra.Command {
 		Short: "Export a disk over NBD",
 		Long: `serve exports a disk to NBD clients such as qemu-img, nbdcopy or the Linux kernel, and prints the
 URI by which they find it. 32 clients are served at a time, more have to wait; requests may begin
-and end at any byte. A signal ends it: requests under way are answered, the disk is flushed, the
-socket is removed, and the exit status is 0.
+and end at any byte. Clients may idle, but one that takes more than a minute for the rest of a
+request, or for its answer, is disconnected; requests take up 256 MiB at most. A signal ends it:
+requests under way are answered, the disk is flushed, the socket is removed, and the exit status
+is 0.
 
 The socket is its owner's only (mode 0600). On TCP, which has no such thing, everybody who reaches
 the port has the disk: use 127.0.0.1, or --tls with a folder that holds server-cert.pem,
