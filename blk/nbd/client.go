@@ -22,7 +22,7 @@ const maxInFlight = 256
 //
 // It offers whatever the server does: Discard, WriteZeroes, WriteVecFUA and BlockStatus answer blk.ErrUnsupported where
 // the server lacks them. A request that the server refuses fails with *Error. Requests while the connection is lost: see
-// the package's comment.
+// the package's comment. Transfers that are started take no goroutine each (Start).
 type Client struct {
 	o      Options
 	ctx    context.Context // ended by Close
@@ -37,6 +37,7 @@ type Client struct {
 	outage  outage
 	losses  uint64 // connections lost with writes that were not flushed
 	told    uint64 // of these, how many a Flush has reported
+	starter
 }
 
 var (
@@ -46,6 +47,7 @@ var (
 	_ blk.StatusReporter = (*Client)(nil)
 	_ blk.FUAWriter      = (*Client)(nil)
 	_ blk.Resetter       = (*Client)(nil)
+	_ blk.Starter        = (*Client)(nil)
 )
 
 // Error is the server's refusal of a request.
@@ -86,6 +88,7 @@ func Dial(ctx context.Context, o Options) (*Client, error) {
 	}
 	c := &Client{o: o, changed: make(chan struct{})}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.send = c.sendStarted
 	c.export.Store(e)
 	c.mu.Lock() // the connection may be lost at once
 	defer c.mu.Unlock()
@@ -345,7 +348,7 @@ func (c *Client) ranged(cmd, flags uint16, off, n, most int64) error {
 }
 
 // request is one request and what has come back for it. Its goroutine owns it, but from register to done the conn's
-// reader does.
+// reader does. One that was started has no goroutine: see letGo.
 type request struct {
 	cmd, flags uint16
 	off, n     int64
@@ -355,6 +358,10 @@ type request struct {
 	head [requestLen]byte
 	done chan struct{} // gets one value when the answer is complete, or none will come
 	slot uint32        // of the conn
+
+	io    *blk.IO      // for one that was started
+	next  *request     // to be sent behind it
+	users atomic.Int32 // goroutines that are not done with it
 
 	// The answer.
 	err    error // errLost where none came
@@ -377,7 +384,7 @@ func getRequest(cmd, flags uint16, off, n int64) *request {
 }
 
 func putBack(r *request) {
-	r.vec, r.vecOff, r.err = nil, 0, nil
+	r.vec, r.vecOff, r.err, r.io, r.next = nil, 0, nil, nil, nil
 	requests.Put(r)
 }
 

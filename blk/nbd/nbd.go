@@ -10,8 +10,8 @@
 //	client.go     requests, and what blk.Backend asks for       session.go    requests
 //	replies.go    what the server answers                       server.go     listeners, connections, shutdown
 //	reconnect.go  when the connection is lost
-//	link.go       bytes on a connection, for both        certs.go      certificates, for both
-//	budget.go     the memory of a Server
+//	start.go      requests for which nobody waits               budget.go     the memory of all connections
+//	link.go       bytes on a connection, for both               certs.go      certificates, for both
 //
 // # Buffers
 //

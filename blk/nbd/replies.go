@@ -59,17 +59,28 @@ func (c *Client) start(l *link, e *export) *conn {
 
 // roundTrip sends r and waits for the answer. errLost means that there will be none.
 func (cn *conn) roundTrip(r *request) error {
+	if !cn.begin(r) {
+		return errLost
+	}
+	<-r.done
+	cn.free <- r.slot
+	return r.err
+}
+
+// begin sends r and returns true: receive sees to the rest, even if sending fails. It returns false where the connection
+// has ended before.
+func (cn *conn) begin(r *request) bool {
 	select {
 	case r.slot = <-cn.free:
 	case <-cn.dead:
-		return errLost
+		return false
 	}
 	r.err, r.errors, r.extent = nil, 0, 0
 	r.got.reset()
 	r.mark = cn.writes.Load()
 	cookie, ok := cn.register(r)
 	if !ok {
-		return errLost
+		return false
 	}
 	payload := 0
 	if r.cmd == cmdWrite {
@@ -80,11 +91,9 @@ func (cn *conn) roundTrip(r *request) error {
 	err := cn.link.send(r.head[:], r.vec, r.vecOff, payload)
 	cn.sendMu.Unlock()
 	if err != nil {
-		cn.link.Close() // the stream is broken, and receive sees to the rest
+		cn.link.Close() // the stream is broken
 	}
-	<-r.done
-	cn.free <- r.slot
-	return r.err
+	return true
 }
 
 // register makes r known to receive.
@@ -125,6 +134,15 @@ func (cn *conn) finish(r *request) {
 	cn.slots[r.slot].r = nil
 	cn.mu.Unlock()
 	cn.answered.Add(1)
+	cn.answer(r)
+}
+
+// answer passes r on, with its answer or errLost.
+func (cn *conn) answer(r *request) {
+	if r.io != nil {
+		cn.letGo(r)
+		return
+	}
 	r.done <- struct{}{}
 }
 
@@ -155,14 +173,14 @@ func (cn *conn) receive() {
 	cn.link.Close()
 	cn.c.lost(cn, err)
 	cn.mu.Lock()
-	defer cn.mu.Unlock()
 	cn.ended = true
+	cn.mu.Unlock() // nobody else changes the slots from now on
 	close(cn.dead)
 	for i := range cn.slots {
 		if r := cn.slots[i].r; r != nil {
 			cn.slots[i].r = nil
 			r.err = errLost
-			r.done <- struct{}{}
+			cn.answer(r)
 		}
 	}
 }
