@@ -8,7 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/kvmlet/kvmlet/blk"
 	"github.com/kvmlet/kvmlet/blk/nbd"
 )
 
@@ -20,10 +19,8 @@ func serveGated(t *testing.T, o *nbd.Server) (*server, *memory) {
 	m := newMemory(32 * mib)
 	m.gate = make(chan struct{})
 	s := &server{Server: nbd.Server{MaxMemory: o.MaxMemory, StallTimeout: o.StallTimeout, MaxConns: o.MaxConns, Log: o.Log,
-		TLS: o.TLS, Exports: []nbd.Export{{Disk: newDevice(t, m, blk.Options{})}}}}
-	s.listen(t)
-	t.Cleanup(func() { s.close(t) })
-	return s, m
+		TLS: o.TLS, Exports: only(t, m)}}
+	return s.start(t), m
 }
 
 // begun returns a client in the transmission phase.

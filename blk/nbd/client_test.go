@@ -91,44 +91,43 @@ func TestManyRequestsAtOnce(t *testing.T) {
 	c := dial(t, s.options())
 	var wg sync.WaitGroup
 	for w := range workers {
-		wg.Go(func() {
-			r := rand.New(rand.NewPCG(uint64(w), 2))
-			model := make([]byte, span)
-			for i := range 60 {
-				off := r.IntN(span)
-				n := r.IntN(min(span-off, 1<<r.IntN(18)) + 1)
-				at := int64(w*span + off)
-				switch r.IntN(4) {
-				case 0:
-					p := noise(n, uint64(w*1000+i))
-					copy(model[off:], p)
-					mustWriteAsync(t, c, p, at)
-				case 1:
-					clear(model[off : off+n])
-					if err := c.WriteZeroes(at, int64(n), r.IntN(2) == 0); err != nil {
-						t.Errorf("zeroes: %v", err)
-					}
-				case 2:
-					if err := c.Flush(); err != nil {
-						t.Error(err)
-					}
-				default:
-					got := make([]byte, n)
-					if k, err := c.ReadVecAt(iov.Of(got[:n/2], got[n/2:]), at); k != n || err != nil {
-						t.Errorf("read: %d, %v", k, err)
-					} else if !bytes.Equal(got, model[off:off+n]) {
-						t.Errorf("worker %d: %d bytes at %d differ", w, n, off)
-					}
-				}
-			}
-		})
+		wg.Go(func() { hammer(t, c, w, span, func(i int) bool { return i < 60 }) })
 	}
 	wg.Wait()
 }
 
-func mustWriteAsync(t *testing.T, c *nbd.Client, p []byte, at int64) {
-	if k, err := c.WriteVecAt(iov.Of(p), at); k != len(p) || err != nil {
-		t.Errorf("write: %d, %v", k, err)
+// hammer sends requests of all kinds, one after the other and as long as more wants them, to a part of the disk that no
+// other worker has, and compares what it reads with what it wrote.
+func hammer(t *testing.T, c *nbd.Client, worker, span int, more func(i int) bool) {
+	r := rand.New(rand.NewPCG(uint64(worker), 2))
+	model := make([]byte, span)
+	for i := 0; more(i); i++ {
+		off := r.IntN(span)
+		n := r.IntN(min(span-off, 1<<r.IntN(18)) + 1)
+		at := int64(worker*span + off)
+		var k int
+		var err error
+		switch r.IntN(4) {
+		case 0:
+			p := noise(n, uint64(worker*10000+i))
+			copy(model[off:], p)
+			k, err = c.WriteVecAt(iov.Of(p), at)
+		case 1:
+			clear(model[off : off+n])
+			k, err = n, c.WriteZeroes(at, int64(n), r.IntN(2) == 0)
+		case 2:
+			k, err = n, c.Flush()
+		default:
+			got := make([]byte, n)
+			k, err = c.ReadVecAt(iov.Of(got[:n/2], got[n/2:]), at)
+			if err == nil && !bytes.Equal(got, model[off:off+n]) {
+				t.Errorf("worker %d: %d bytes at %d differ", worker, n, off)
+			}
+		}
+		if k != n || err != nil {
+			t.Errorf("worker %d: %d of %d bytes at %d, %v", worker, k, n, off, err)
+			return
+		}
 	}
 }
 
@@ -212,16 +211,25 @@ func TestRefusals(t *testing.T) {
 	mustRead(t, c, []byte{0}, 0)
 }
 
+// leavesNothing runs f with a disk and checks that nothing is left behind by it. No other test may run meanwhile.
+func leavesNothing(t *testing.T, m *memory, f func(d *blk.Device)) {
+	t.Helper()
+	check := leaks(t)
+	d, err := blk.New(m, blk.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f(d)
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	check()
+}
+
 func TestClose(t *testing.T) {
 	m := newMemory(65536)
 	m.gate = make(chan struct{})
-	check := leaks(t)
-	func() {
-		d, err := blk.New(m, blk.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer d.Close()
+	leavesNothing(t, m, func(d *blk.Device) {
 		s := &server{Server: nbd.Server{Exports: []nbd.Export{{Disk: d}}}}
 		s.listen(t)
 		c, err := nbd.Dial(t.Context(), s.options())
@@ -254,21 +262,14 @@ func TestClose(t *testing.T) {
 		}
 		close(m.gate)
 		s.close(t)
-	}()
-	check()
+	})
 }
 
 // Shutdown lets the requests under way end, and disconnects then.
 func TestShutdown(t *testing.T) {
 	m := newMemory(65536)
 	m.gate = make(chan struct{})
-	check := leaks(t)
-	func() {
-		d, err := blk.New(m, blk.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer d.Close()
+	leavesNothing(t, m, func(d *blk.Device) {
 		s := &server{Server: nbd.Server{Exports: []nbd.Export{{Disk: d}}}}
 		s.listen(t)
 		busy, idle := dial(t, s.options()), dial(t, s.options())
@@ -296,19 +297,12 @@ func TestShutdown(t *testing.T) {
 		}
 		busy.Close()
 		idle.Close()
-	}()
-	check()
+	})
 }
 
 func TestServeEndsWithItsContext(t *testing.T) {
-	check := leaks(t)
-	func() {
+	leavesNothing(t, newMemory(4096), func(d *blk.Device) {
 		ctx, cancel := context.WithCancel(t.Context())
-		d, err := blk.New(newMemory(4096), blk.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer d.Close()
 		ln := listenUnix(t)
 		served := make(chan error)
 		go func() { served <- nbd.Serve(ctx, ln, nbd.Export{Disk: d}) }()
@@ -322,8 +316,7 @@ func TestServeEndsWithItsContext(t *testing.T) {
 		if err := <-served; !errors.Is(err, context.Canceled) {
 			t.Error(err)
 		}
-	}()
-	check()
+	})
 }
 
 func TestHandshakeTimesOut(t *testing.T) {

@@ -158,11 +158,7 @@ func TestAgainstQEMU(t *testing.T) {
 		t.Errorf("status of an empty file: %+v, %d, %v", st, n, err)
 	}
 	exercise(t, dial(t, o))
-	got, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	mustRead(t, c, got, 0)
+	mustRead(t, c, contents(t, file), 0)
 }
 
 func TestAgainstQEMUOverTLS(t *testing.T) {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"math/rand/v2"
 	"net"
 	"path/filepath"
 	"sync"
@@ -62,35 +61,10 @@ func TestReconnectUnderLoad(t *testing.T) {
 	var ops atomic.Int64
 	for w := range workers {
 		wg.Go(func() {
-			rnd := rand.New(rand.NewPCG(uint64(w), 5))
-			model := make([]byte, span)
-			for i := 0; !stop.Load(); i++ {
-				off := rnd.IntN(span)
-				n := rnd.IntN(span - off)
-				at := int64(w*span + off)
-				var err error
-				switch rnd.IntN(4) {
-				case 0:
-					p := noise(n, uint64(w*10000+i))
-					copy(model[off:], p)
-					_, err = c.WriteVecAt(iov.Of(p), at)
-				case 1:
-					clear(model[off : off+n])
-					err = c.WriteZeroes(at, int64(n), true)
-				case 2:
-					err = c.Flush()
-				default:
-					got := make([]byte, n)
-					if _, err = c.ReadVecAt(iov.Of(got), at); err == nil && !bytes.Equal(got, model[off:off+n]) {
-						t.Errorf("worker %d: %d bytes at %d differ", w, n, off)
-					}
-				}
-				if err != nil {
-					t.Errorf("worker %d: %v", w, err)
-					return
-				}
+			hammer(t, c, w, span, func(int) bool {
 				ops.Add(1)
-			}
+				return !stop.Load()
+			})
 		})
 	}
 	for range 8 {

@@ -32,6 +32,14 @@ func (s *server) listen(tb testing.TB) {
 	go func() { s.served <- s.Serve(ln) }()
 }
 
+// start is listen, until the test ends.
+func (s *server) start(tb testing.TB) *server {
+	tb.Helper()
+	s.listen(tb)
+	tb.Cleanup(func() { s.close(tb) })
+	return s
+}
+
 func (s *server) close(tb testing.TB) {
 	tb.Helper()
 	if err := s.Close(); err != nil {
@@ -45,10 +53,13 @@ func (s *server) close(tb testing.TB) {
 // serve exports disks on a unix socket until the test ends.
 func serve(tb testing.TB, exports ...nbd.Export) *server {
 	tb.Helper()
-	s := &server{Server: nbd.Server{Exports: exports}}
-	s.listen(tb)
-	tb.Cleanup(func() { s.close(tb) })
-	return s
+	return (&server{Server: nbd.Server{Exports: exports}}).start(tb)
+}
+
+// only is a list of one export, of the default name.
+func only(tb testing.TB, m *memory) []nbd.Export {
+	tb.Helper()
+	return []nbd.Export{{Disk: newDevice(tb, m, blk.Options{})}}
 }
 
 // serveMemory exports a fresh disk in memory.

@@ -19,9 +19,7 @@ func TestTLS(t *testing.T) {
 	t.Parallel()
 	c := newCerts(t)
 	m := newMemory(1 << 20)
-	s := &server{Server: nbd.Server{TLS: c.server, Exports: []nbd.Export{{Name: "disk", Disk: newDevice(t, m, blk.Options{})}}}}
-	s.listen(t)
-	t.Cleanup(func() { s.close(t) })
+	s := (&server{Server: nbd.Server{TLS: c.server, Exports: []nbd.Export{{Name: "disk", Disk: newDevice(t, m, blk.Options{})}}}}).start(t)
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

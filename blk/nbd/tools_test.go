@@ -82,8 +82,8 @@ func TestServesQEMU(t *testing.T) {
 
 	file := filepath.Join(t.TempDir(), "copy")
 	run(t, img, "convert", "-f", "raw", "-O", "raw", uri, file)
-	if got, err := os.ReadFile(file); err != nil || !bytes.Equal(got, want) {
-		t.Errorf("convert from our server went wrong: %v", err)
+	if !bytes.Equal(contents(t, file), want) {
+		t.Error("convert from our server went wrong")
 	}
 	run(t, img, "compare", "-f", "raw", "-F", "raw", uri, file)
 	other := noise(size, 7)
@@ -168,8 +168,8 @@ func TestServesLibnbd(t *testing.T) {
 		t.Error("no flush arrived")
 	}
 	run(t, cp, "--connections=4", "--requests=64", s.uri("frozen"), back)
-	if got, err := os.ReadFile(back); err != nil || !bytes.Equal(got, want) {
-		t.Errorf("nbdcopy from our server went wrong: %v", err)
+	if !bytes.Equal(contents(t, back), want) {
+		t.Error("nbdcopy from our server went wrong")
 	}
 	var extents []struct{ Offset, Length, Type int64 }
 	if err := json.Unmarshal([]byte(run(t, info, "--json", "--map", s.uri("disk"))), &extents); err != nil || len(extents) == 0 {
@@ -190,9 +190,7 @@ func TestServesLibnbdOverTLS(t *testing.T) {
 	info, cp := hosttest.Tool(t, "nbdinfo"), hosttest.Tool(t, "nbdcopy")
 	c := newCerts(t)
 	m := newMemory(1 << 20)
-	s := &server{Server: nbd.Server{TLS: c.server, Exports: []nbd.Export{{Disk: newDevice(t, m, blk.Options{})}}}}
-	s.listen(t)
-	t.Cleanup(func() { s.close(t) })
+	s := (&server{Server: nbd.Server{TLS: c.server, Exports: only(t, m)}}).start(t)
 	uri := "nbds+unix:///?socket=" + url.QueryEscape(s.socket) + "&tls-hostname=disks.example&tls-certificates=" + url.QueryEscape(c.dir)
 	if out := strings.TrimSpace(run(t, info, "--size", uri)); out != "1048576" {
 		t.Errorf("size %s", out)

@@ -318,9 +318,7 @@ func TestServerRequests(t *testing.T) {
 // What comes behind the request for TLS in plain text may be somebody else's.
 func TestPlainTextBeforeTLS(t *testing.T) {
 	t.Parallel()
-	s := &server{Server: nbd.Server{TLS: newCerts(t).server}}
-	s.listen(t)
-	t.Cleanup(func() { s.close(t) })
+	s := (&server{Server: nbd.Server{TLS: newCerts(t).server}}).start(t)
 	p := s.connect(t, 3)
 	if kinds, _ := p.option(3, nil); kinds[0] != 1<<31+5 {
 		t.Errorf("list: %x", kinds)
@@ -382,15 +380,12 @@ func TestShutdownAnswers(t *testing.T) {
 func TestServerPatience(t *testing.T) {
 	t.Parallel()
 	var logged atomic.Int64
-	s := &server{Server: nbd.Server{HandshakeTimeout: time.Second, Exports: []nbd.Export{
-		{Disk: newDevice(t, newMemory(4096), blk.Options{})}},
+	s := (&server{Server: nbd.Server{HandshakeTimeout: time.Second, Exports: only(t, newMemory(4096)),
 		Log: func(_ net.Addr, err error) {
 			if errors.Is(err, unix.ETIMEDOUT) || strings.Contains(err.Error(), "timeout") {
 				logged.Add(1)
 			}
-		}}}
-	s.listen(t)
-	t.Cleanup(func() { s.close(t) })
+		}}}).start(t)
 	idle := s.connect(t, 3)
 	idle.start("", false)
 	silent := s.connect(t, 3)
@@ -405,10 +400,7 @@ func TestServerBounds(t *testing.T) {
 	t.Parallel()
 	m := newMemory(1 << 20)
 	m.gate = make(chan struct{})
-	s := &server{Server: nbd.Server{MaxRequests: 3, MaxBytes: 10_000, MaxConns: 1, Exports: []nbd.Export{
-		{Disk: newDevice(t, m, blk.Options{})}}}}
-	s.listen(t)
-	t.Cleanup(func() { s.close(t) })
+	s := (&server{Server: nbd.Server{MaxRequests: 3, MaxBytes: 10_000, MaxConns: 1, Exports: only(t, m)}}).start(t)
 	for _, tc := range []struct {
 		size uint32
 		most int64
