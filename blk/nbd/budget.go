@@ -46,10 +46,23 @@ func (h *holder) take(n int64) {
 	b := h.b
 	b.mu.Lock()
 	h.wants = n
+	if len(b.queue) == 0 && !h.hasShare() && b.used+n <= b.limit {
+		h.give()
+		b.mu.Unlock()
+		return
+	}
 	b.queue = append(b.queue, h)
 	b.serve()
 	b.mu.Unlock()
 	<-h.got
+}
+
+// hasShare reports whether h holds too much to get what it wants. The caller of it, and of give, holds b.mu.
+func (h *holder) hasShare() bool { return h.held > 0 && h.held+h.wants > h.b.limit/h.b.conns }
+
+func (h *holder) give() {
+	h.b.used += h.wants
+	h.held += h.wants
 }
 
 func (h *holder) release(n int64) {
@@ -58,7 +71,9 @@ func (h *holder) release(n int64) {
 	defer b.mu.Unlock()
 	h.held -= n
 	b.used -= n
-	b.serve()
+	if len(b.queue) > 0 {
+		b.serve()
+	}
 }
 
 // serve gives to those that wait what there is. One that has its share is passed over, as it waits for itself; one for
@@ -66,7 +81,7 @@ func (h *holder) release(n int64) {
 func (b *budget) serve() {
 	waiting := b.queue[:0]
 	for i, h := range b.queue {
-		if h.held > 0 && h.held+h.wants > b.limit/b.conns {
+		if h.hasShare() {
 			waiting = append(waiting, h)
 			continue
 		}
@@ -74,8 +89,7 @@ func (b *budget) serve() {
 			waiting = append(waiting, b.queue[i:]...)
 			break
 		}
-		b.used += h.wants
-		h.held += h.wants
+		h.give()
 		h.got <- struct{}{}
 	}
 	clear(b.queue[len(waiting):])

@@ -45,9 +45,8 @@ type Server struct {
 	MaxBytes    int64 // their payload in bytes, likewise; 0 means 64 MiB. At least one request of any length is let in.
 
 	// MaxMemory is how many bytes the payload of all connections may take up at a time; 0 means 256 MiB, and anything
-	// below the largest request, of 32 MiB, that. Requests wait for it before their payload is read or fetched. Each
-	// connection has the same share of it, and may exceed that by a single request at most. Memory that was
-	// given back and not collected yet comes on top.
+	// below the largest request, of 32 MiB, that. Requests wait for it before their payload is read or fetched. Beyond a
+	// single request, every connection gets the same share. Memory that was given back and not collected yet comes on top.
 	MaxMemory int64
 
 	// Log is told why connections ended that did not end well. Nil means that nobody wants to know.

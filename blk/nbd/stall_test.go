@@ -15,7 +15,7 @@ import (
 // Clients that stop in the midst of something are disconnected. Those that have nothing to say are not.
 func TestServerDropsStalledClients(t *testing.T) {
 	t.Parallel()
-	const soon = 200 * time.Millisecond
+	const soon = 500 * time.Millisecond
 	for _, secure := range []bool{false, true} {
 		for name, tc := range map[string]struct {
 			say  []byte
