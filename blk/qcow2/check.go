@@ -101,30 +101,44 @@ type l2use struct {
 //
 // Errors: blk.ErrReadOnly where repairing is asked for, that of ctx, and what the file reports.
 func Check(ctx context.Context, im *Image, mode Repair) (Report, error) {
-	im.ops.Lock()
-	defer im.ops.Unlock()
-	if mode != RepairNone && im.o.ReadOnly {
-		return Report{}, fmt.Errorf("check image: %w", blk.ErrReadOnly)
+	r, err := im.checkAlone(ctx, mode)
+	if err == nil && mode == RepairAll && r.Corruptions == r.FixedCorruptions {
+		// Now that the refcounts are right, the snapshot table can have another place.
+		err = im.completeSnapshots()
 	}
-	if im.ready.Load() && !im.broken.Load() {
-		if err := im.commit(); err != nil {
-			return Report{}, fmt.Errorf("check image: %w", err)
-		}
-		if err := im.sync(); err != nil {
-			return Report{}, fmt.Errorf("check image: %w", err)
-		}
-	}
-	r, err := im.check(ctx, mode)
 	if err != nil {
 		err = fmt.Errorf("check image: %w", err)
 	}
 	return r, err
 }
 
+// checkAlone is Check with no request under way.
+func (im *Image) checkAlone(ctx context.Context, mode Repair) (Report, error) {
+	im.ops.Lock()
+	defer im.ops.Unlock()
+	if mode != RepairNone && im.o.ReadOnly {
+		return Report{}, blk.ErrReadOnly
+	}
+	if im.ready.Load() && !im.broken.Load() {
+		if err := im.commit(); err != nil {
+			return Report{}, err
+		}
+		if err := im.sync(); err != nil {
+			return Report{}, err
+		}
+	}
+	return im.check(ctx, mode)
+}
+
 func (im *Image) check(ctx context.Context, mode Repair) (Report, error) {
 	c := &checker{Image: im, ctx: ctx, mode: mode, tables: make(map[int64]*l2use)}
 	c.refs.chunks = make(map[int64]*[64]uint32)
 	c.r.Total = im.clusters(im.size.Load())
+	for i, s := range c.snaps {
+		if !s.whole(c.h.version) {
+			c.problem(mode == RepairAll, "entry %d of the snapshot table has %d bytes of extra data, too few", i+1, len(s.extra))
+		}
+	}
 	for _, step := range []func() error{c.countMetadata, c.countTables, c.checkL1, c.compare} {
 		if err := step(); err != nil {
 			return c.r, err
@@ -226,6 +240,11 @@ func (c *checker) countTables() error {
 		if err != nil {
 			return err
 		}
+		if c.cleanL1(l1) {
+			if err := c.f.write(encodeEntries(l1), u.off); err != nil {
+				return err
+			}
+		}
 		for range n {
 			if err := c.findTables(l1, false); err != nil {
 				return err
@@ -249,6 +268,22 @@ func (c *checker) countTables() error {
 		}
 	}
 	return nil
+}
+
+// cleanL1 looks for bits in the L1 table of a snapshot that mean nothing. It reports whether it has corrected them.
+func (c *checker) cleanL1(l1 []uint64) (changed bool) {
+	for i, e := range l1 {
+		want := e & (entryOffset | entryCopied)
+		if e&entryOffset == 0 {
+			want = 0
+		}
+		if e != want {
+			c.problem(c.mode == RepairAll, "L1 entry %d of a snapshot is %#x, should be %#x", i, e, want)
+			l1[i] = want
+			changed = c.mode == RepairAll
+		}
+	}
+	return changed
 }
 
 func (c *checker) findTables(l1 []uint64, active bool) error {
@@ -370,18 +405,25 @@ func (c *checker) checkL1() error {
 	l1Changed := false
 	for i1, e := range c.l1 {
 		table := int64(e & entryOffset)
-		if table == 0 || !c.aligned(table) || table >= c.f.length.Load() {
+		if e == 0 || table != 0 && (!c.aligned(table) || table >= c.f.length.Load()) {
 			continue
 		}
 		if err := c.ctx.Err(); err != nil {
 			return err
 		}
-		if want := e&entryOffset | flag(table); want != e { // the other bits are reserved
+		want := uint64(0)
+		if table != 0 {
+			want = e&entryOffset | flag(table) // the other bits are reserved
+		}
+		if want != e {
 			c.problem(c.mode == RepairAll, "L1 entry %d is %#x, should be %#x", i1, e, want)
 			if c.mode == RepairAll {
 				c.l1[i1] = want
 				l1Changed = true
 			}
+		}
+		if table == 0 {
+			continue
 		}
 		if err := c.f.read(b, table); err != nil {
 			return err

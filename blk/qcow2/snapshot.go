@@ -25,10 +25,11 @@ type Snapshot struct {
 
 // The snapshot table ("Snapshots").
 const (
-	snapHeader   = 40
-	snapExtra    = 24      // extra data that is known: VM state size, disk size, icount
-	maxSnapExtra = 1 << 10 // QEMU's limits
-	maxSnapBytes = 64 << 20
+	snapHeader      = 40
+	snapExtra       = 24      // extra data that is known: VM state size, disk size, icount
+	snapExtraNeeded = 16      // of it in version 3 ("Snapshots")
+	maxSnapExtra    = 1 << 10 // QEMU's limits
+	maxSnapBytes    = 64 << 20
 )
 
 // readSnapshots reads the list of snapshots.
@@ -74,6 +75,23 @@ func (im *Image) readSnapshots() error {
 		off += (snapHeader + int64(len(rest)) + 7) &^ 7
 	}
 	return nil
+}
+
+// whole reports whether s has the extra data that its version of the format demands.
+func (s *Snapshot) whole(version uint32) bool { return version < 3 || len(s.extra) >= snapExtraNeeded }
+
+// completeSnapshots writes the snapshot table anew if entries lack extra data.
+func (im *Image) completeSnapshots() error {
+	if !slices.ContainsFunc(im.snaps, func(s *Snapshot) bool { return !s.whole(im.h.version) }) {
+		return nil
+	}
+	return im.transact(func(s *shadow) error {
+		s.snaps = slices.Clone(s.snaps)
+		for i, snap := range s.snaps {
+			s.snaps[i] = snap.complete()
+		}
+		return nil
+	})
 }
 
 // complete returns a copy of s with all extra data that is known.
