@@ -13,7 +13,7 @@ import (
 )
 
 const (
-	defaultServerHandshake = 30 * time.Second
+	defaultServerHandshake = 10 * time.Second // as QEMU
 	shutdownHandshake      = time.Second // for clients that are still negotiating when the server stops
 
 	maxOption  = 64 << 10 // longest option that is looked at, in bytes; a longer one is skipped

@@ -30,7 +30,7 @@ type Server struct {
 	// TLS demands TLS of every client, before it learns anything about the exports. Nil means plain text.
 	TLS *tls.Config
 
-	// HandshakeTimeout is how long a client may take until it has chosen an export; 0 means 30 s. After that it may idle.
+	// HandshakeTimeout is how long a client may take until it has chosen an export; 0 means 10 s. After that it may idle.
 	HandshakeTimeout time.Duration
 
 	// StallTimeout is how long a client that has begun a request may take for the rest of it, or for an answer that it

@@ -149,7 +149,7 @@ func createError(path string, size int64, err error) error {
 	case errors.Is(err, unix.ENOSPC):
 		remedy = " (free space, or create it with preallocation=off)"
 	case errors.Is(err, unix.EFBIG):
-		remedy = " (the file system has no files of that size)"
+		remedy = " (more than the file system, or ulimit -f, allows for a file)"
 	case errors.Is(err, unix.EOPNOTSUPP):
 		remedy = " (the file system can't reserve space: create it with preallocation=off or full)"
 	}

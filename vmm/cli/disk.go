@@ -224,11 +224,11 @@ func hintFormat(cmd *cobra.Command, s streams, flag, path string) {
 }
 
 // sureOfFormat refuses to change what looks like such a mistake.
-func sureOfFormat(cmd *cobra.Command, path string) error {
-	if cmd.Flags().Changed("format") || !beginsAsImage(path) {
+func sureOfFormat(cmd *cobra.Command, flag, path string) error {
+	if cmd.Flags().Changed(flag) || !beginsAsImage(path) {
 		return nil
 	}
-	return fmt.Errorf("%s begins as a qcow2 image does: say --format qcow2, or --format raw if it is none", path)
+	return fmt.Errorf("%s begins as a qcow2 image does: say --%s qcow2, or --%[2]s raw if it is none", path, flag)
 }
 
 // shareHint says how a disk in use can be looked at nevertheless.

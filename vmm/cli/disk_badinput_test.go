@@ -21,9 +21,10 @@ import (
 func TestDiskBadInput(t *testing.T) {
 	t.Parallel()
 	f := newDiskFiles(t)
-	raw, image, backed := f.data("raw", 1<<20), f.path("image"), f.path("backed")
+	raw, image, backed, spoiling := f.data("raw", 1<<20), f.path("image"), f.path("backed"), f.path("spoiling")
 	ok(t, "disk", "create", "-f", "qcow2", image, "1M")
 	ok(t, "disk", "create", "-f", "qcow2", "-b", "raw", "-F", "raw", backed)
+	ok(t, "disk", "create", "-f", "qcow2", "-b", "image", "-F", "raw", spoiling)
 	locked := f.data("locked", 1<<20)
 	lockElsewhere(t, locked)
 	none, fifo, socket, mid := f.path("none"), f.path("fifo"), f.path("socket"), f.path("mid")
@@ -92,6 +93,9 @@ func TestDiskBadInput(t *testing.T) {
 		"check, raw":                  {[]string{"check", "-f", "raw", raw}, checkUnsupported, "--format qcow2"},
 		"check, not said":             {[]string{"check", raw}, checkFailed, "not a qcow2 image"},
 		"check, what":                 {[]string{"check", "--repair", image}, 0, "want leaks or all"},
+		"commit, into an image":       {[]string{"commit", "--backing", "on", spoiling}, 0, "say --backing-format raw if it is none"},
+		"convert, into an image":      {[]string{"convert", "-n", raw, image}, 0, "say --target-format qcow2, or --target-format raw"},
+		"serve, an image":             {[]string{"serve", "-k", none, image}, 0, "say --format qcow2, or --format raw"},
 		"commit, a raw":               {[]string{"commit", "-f", "raw", raw}, 0, "want qcow2"},
 		"snapshot, a raw":             {[]string{"snapshot", "apply", "-f", "raw", raw, "a"}, 0, "want qcow2"},
 		"check, missing":              {[]string{"check", "-f", "qcow2", none}, checkFailed, "no such file"},
@@ -210,6 +214,7 @@ func TestDiskNoSpaceForAnswer(t *testing.T) {
 		"info, chain":       {"disk", "info", "-f", "qcow2", "--backing-chain", plain},
 		"info, JSON":        {"disk", "info", "--json", raw},
 		"check":             {"disk", "check", image},
+		"serve":             {"disk", "serve", "--listen", "127.0.0.1:0", raw},
 		"check, JSON":       {"disk", "check", "--json", image},
 		"compare":           {"disk", "compare", raw, raw},
 		"compare, differ":   {"disk", "compare", "-F", "qcow2", raw, image},

@@ -59,7 +59,7 @@ It prints requests and bytes for each second, and how long requests took.`,
 				return err
 			}
 			if o.write {
-				if err := sureOfFormat(cmd, args[0]); err != nil {
+				if err := sureOfFormat(cmd, "format", args[0]); err != nil {
 					return err
 				}
 			}

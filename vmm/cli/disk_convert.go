@@ -96,6 +96,11 @@ func (o *convertOptions) run(cmd *cobra.Command, s streams, source, target strin
 		return err
 	}
 	hintFormat(cmd, s, "format", source)
+	if o.noCreate {
+		if err := sureOfFormat(cmd, "target-format", target); err != nil {
+			return err
+		}
+	}
 	touched := false
 	err = interruptible(cmd.Context(), "", func(ctx context.Context) error {
 		return o.convert(ctx, s, source, create, &touched)
@@ -218,6 +223,11 @@ run again.`,
 				return fmt.Errorf("--coroutines %d: want 1 to %d", requests, maxRequests)
 			}
 			d.spec.Path = args[0]
+			if !cmd.Flags().Changed("backing-format") {
+				if err := sureOfBacking(cmd.Context(), d.spec); err != nil {
+					return err
+				}
+			}
 			report, done := workProgress(s, quiet, "Committing "+filepath.Base(args[0]))
 			defer done()
 			return interruptible(cmd.Context(), args[0]+" is committed in part; run it again", func(ctx context.Context) error {
@@ -232,6 +242,18 @@ run again.`,
 	cmd.Flags().IntVarP(&requests, "coroutines", "m", 8, fmt.Sprintf("`NUMBER` of requests at a time, 1 to %d", maxRequests))
 	addQuiet(cmd, &quiet)
 	return cmd
+}
+
+// sureOfBacking refuses to write to a backing file that is raw only as the image has it, and looks otherwise. What is wrong
+// with the image itself is for commit to tell.
+func sureOfBacking(ctx context.Context, spec disk.Spec) error {
+	spec.ReadOnly, spec.ForceShare = true, true
+	chain, _ := disk.InspectChain(ctx, spec)
+	if len(chain) > 1 && chain[1].Format == disk.Raw && beginsAsImage(chain[1].Filename) {
+		return fmt.Errorf("%s is raw, as %s has it, but begins as a qcow2 image does, and is written: say --backing-format raw if it is none",
+			chain[1].Filename, spec.Path)
+	}
+	return nil
 }
 
 // Exit statuses of `disk compare`, those of qemu-img compare.

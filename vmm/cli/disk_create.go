@@ -183,7 +183,7 @@ smaller takes --shrink. Partitions and file systems in it are left as they are.`
 		Args: operands("DISK", "SIZE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			d.spec.Path = args[0]
-			if err := sureOfFormat(cmd, args[0]); err != nil {
+			if err := sureOfFormat(cmd, "format", args[0]); err != nil {
 				return err
 			}
 			return interruptible(cmd.Context(), "", func(ctx context.Context) error {
@@ -249,7 +249,7 @@ func newDiskSnapshot(s streams) *cobra.Command {
 		Use:   "snapshot",
 		Short: "List, create, apply and delete the snapshots inside a qcow2 image",
 		Long: `snapshot works on internal snapshots: earlier states of the disk that lie in the same qcow2 image. A
-snapshot is named by its name or its ID.`,
+snapshot is named by its name, or else by its ID.`,
 		Example: `  kvmlet disk snapshot create test.qcow2 before
   kvmlet disk snapshot list test.qcow2
   kvmlet disk snapshot apply test.qcow2 before`,

@@ -71,7 +71,11 @@ are the names that QEMU and libnbd give them.`,
 				return fmt.Errorf("--description: a text of %d bytes, and NBD has %d at most", len(o.description), maxExport)
 			}
 			o.disk.spec.Path = args[0]
-			hintFormat(cmd, s, "format", args[0])
+			if o.disk.spec.ReadOnly {
+				hintFormat(cmd, s, "format", args[0])
+			} else if err := sureOfFormat(cmd, "format", args[0]); err != nil {
+				return err
+			}
 			outliveReaders()
 			return o.run(cmd.Context(), s)
 		},
@@ -124,7 +128,9 @@ func (o *serveOptions) serve(ctx context.Context, s streams, server *nbd.Server,
 		return errors.Join(err, d.Close())
 	}
 	server.Exports = []nbd.Export{{Name: o.export, Description: o.description, ReadOnly: o.disk.spec.ReadOnly, Disk: d}}
-	fprintf(s.out, "%s\n", uri)
+	if _, err := fmt.Fprintln(s.answer, uri); err != nil { // nobody would know where to connect
+		return errors.Join(err, ln.Close(), d.Close())
+	}
 	*served = true
 	err = serveUntil(ctx, server, ln)
 	if kept := errors.Join(d.FlushContext(context.WithoutCancel(ctx)), d.Close()); kept != nil {
