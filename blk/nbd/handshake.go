@@ -14,7 +14,7 @@ import (
 
 const (
 	defaultServerHandshake = 10 * time.Second // as QEMU
-	shutdownHandshake      = time.Second // for clients that are still negotiating when the server stops
+	shutdownHandshake      = time.Second      // for clients that are still negotiating when the server stops
 
 	maxOption  = 64 << 10 // longest option that is looked at, in bytes; a longer one is skipped
 	maxSkipped = 1 << 20  // longest option that is skipped

@@ -250,8 +250,9 @@ func sureOfBacking(ctx context.Context, spec disk.Spec) error {
 	spec.ReadOnly, spec.ForceShare = true, true
 	chain, _ := disk.InspectChain(ctx, spec)
 	if len(chain) > 1 && chain[1].Format == disk.Raw && beginsAsImage(chain[1].Filename) {
-		return fmt.Errorf("%s is raw, as %s has it, but begins as a qcow2 image does, and is written: say --backing-format raw if it is none",
-			chain[1].Filename, spec.Path)
+		const text = "%s would be written, as a raw file, which %s calls it, and begins as a qcow2 image does: " +
+			"say --backing-format raw if it is none"
+		return fmt.Errorf(text, chain[1].Filename, spec.Path)
 	}
 	return nil
 }
