@@ -50,6 +50,7 @@ type submitted struct {
 	order   int // place in its batch
 	io      IO
 	tracked tracked
+	work    *work      // of a modify under way
 	merged  *merged    // set for a request that stands for others
 	next    *Request   // to be carried out when this one is done
 	own     ownContext // ctx, where a goroutine of the Device's carries it out
@@ -102,7 +103,8 @@ func waited(io *IO) { io.Owner.(*waiter).done <- struct{}{} }
 // are merged: then the later one stays. Submit does not keep batch.
 //
 // Reads and writes that lie side by side go to the backend as one. Where the backend can carry out transfers by itself
-// (Starter) no goroutine is needed for a request that it can serve as it stands; others run on one of the Device's.
+// (Starter) no goroutine is needed for a request that it can serve as it stands, and where that takes no thread either
+// (Threadless), none for a write that changes parts of two blocks at most; others run on one of the Device's.
 func (d *Device) Submit(ctx context.Context, batch []*Request) {
 	now := time.Now()
 	for _, r := range batch {
@@ -166,6 +168,10 @@ func (d *Device) dispatch(requests []*Request) {
 	if len(b.ios) > 0 {
 		d.can.starter.Start(b.ios)
 	}
+	b.put()
+}
+
+func (b *batch) put() {
 	clear(b.requests)
 	clear(b.out)
 	clear(b.ios)
@@ -185,13 +191,28 @@ func (d *Device) canStart(r *Request) bool {
 	n := r.bytes()
 	l := d.limits.Load()
 	if d.throttle.Load() != nil || write && len(d.beforeWrite.all()) > 0 || !write && d.copiesOnRead(0) ||
-		n == 0 || d.check(r, n) != nil || s.ctx.Err() != nil || !l.fits(r.Vec, r.Off, int(n)) ||
-		write && d.tracks(l) && !d.tracker.tryBegin(&s.tracked, r.Off, r.Off+n) {
+		n == 0 || d.check(r, n) != nil || s.ctx.Err() != nil || !d.start(l, r, n) {
 		d.gate.leave()
 		return false
 	}
-	s.io = IO{Op: r.Op, Vec: r.Vec, Off: r.Off, Done: startedDone, Owner: r}
 	return true
+}
+
+// start sets up the first transfer of r, if one or two do it all and it need not wait for other requests.
+func (d *Device) start(l *Limits, r *Request, n int64) bool {
+	s := &r.submitted
+	write := r.Op == OpWrite
+	switch {
+	case l.fits(r.Vec, r.Off, int(n)):
+		if write && d.tracks(l) && !d.tracker.tryBegin(&s.tracked, r.Off, r.Off+n, false) {
+			return false
+		}
+		s.io = IO{Op: r.Op, Vec: r.Vec, Off: r.Off, Done: startedDone, Owner: r}
+		return true
+	case write && d.can.threadless:
+		return d.startModify(l, r, n)
+	}
+	return false
 }
 
 // startedDone ends a request that canStart let through.
@@ -205,13 +226,74 @@ func startedDone(io *IO) {
 	} else {
 		err = d.writeEnded(int(n), io.N, io.Err)
 		d.changed(r.Off, n)
-		if d.tracks(d.limits.Load()) {
-			d.tracker.end(&r.submitted.tracked)
-		}
 	}
-	io.Vec, io.Owner = nil, nil
-	d.complete(r, n, err)
+	d.startedEnded(r, err)
+}
+
+// startedEnded ends r, all of whose transfers are done.
+func (d *Device) startedEnded(r *Request, err error) {
+	s := &r.submitted
+	if r.Op == OpWrite && d.tracks(d.limits.Load()) {
+		d.tracker.end(&s.tracked)
+	}
+	s.io.Vec, s.io.Owner = nil, nil
+	d.complete(r, r.bytes(), err)
 	d.gate.leave()
+}
+
+// startModify is modify for a write whose blocks are read at once, as those of most small ones are: no goroutine waits
+// between the read and the write.
+func (d *Device) startModify(l *Limits, r *Request, n int64) bool {
+	s := &r.submitted
+	start, end := l.down(r.Off), l.up(r.Off+n)
+	size := int(end - start)
+	if l.aligned(r.Off, n) || size > 2*l.RequestAlign || int64(size) > l.MaxTransfer ||
+		!d.tracker.tryBegin(&s.tracked, start, end, true) {
+		return false
+	}
+	w := getWork()
+	w.one = w.one[:0].Append(w.pad.get(2*l.RequestAlign, max(l.RequestAlign, l.MemoryAlign))[:size])
+	s.work = w
+	s.io = IO{Op: OpRead, Vec: w.one, Off: start, Done: modifyRead, Owner: r}
+	return true
+}
+
+// modifyRead changes the blocks that startModify had read and has them written.
+func modifyRead(io *IO) {
+	r := io.Owner.(*Request)
+	s := &r.submitted
+	d, block := s.device, s.work.one
+	err := d.readEnded(block, block.Size(), io.N, io.Err)
+	if err == nil {
+		err = s.ctx.Err()
+	}
+	if err == nil {
+		_, err = iov.Copy(block, int(r.Off-io.Off), r.Vec, 0, int(r.bytes()))
+	}
+	if err != nil {
+		d.modifyEnded(r, err)
+		return
+	}
+	s.io = IO{Op: OpWrite, Vec: block, Off: io.Off, Done: modifyWritten, Owner: r}
+	b := batches.Get().(*batch)
+	b.ios = append(b.ios, &s.io)
+	d.can.starter.Start(b.ios)
+	b.put()
+}
+
+func modifyWritten(io *IO) {
+	r := io.Owner.(*Request)
+	d := r.submitted.device
+	err := d.writeEnded(io.Vec.Size(), io.N, io.Err)
+	d.changed(r.Off, r.bytes())
+	d.modifyEnded(r, err)
+}
+
+func (d *Device) modifyEnded(r *Request, err error) {
+	w := r.submitted.work
+	r.submitted.work = nil
+	d.startedEnded(r, err)
+	putWork(w)
 }
 
 // complete tells the owner of r that it is done.

@@ -117,17 +117,66 @@ func TestThreadless(t *testing.T) {
 	b := threadless{&starting{strict: newStrict(t, mib, blk.Limits{RequestAlign: 4096})}}
 	d := newDevice(t, b, blk.Options{})
 	p := pattern(1000)
-	submit(d, write(512, p))
-	if n := b.begun.Load(); n != 2 || b.took() != "read 0+4096, write 0+4096" || !bytes.Equal(b.data[512:1512], p) {
-		t.Errorf("a padded write: %d transfers were started", n)
+	for _, tc := range []struct {
+		off  int64
+		n    int
+		want string
+	}{
+		{512, 1000, "read 0+4096, write 0+4096"},
+		{4000, 200, "read 0+8192, write 0+8192"}, // two blocks, in one read
+		{9000, 0x2000, "read 8192+4096, read 16384+4096, write 8192+12288"},
+		{4096, 500, "read 4096+4096, write 4096+4096"},
+		{mib - 1, 1, "read 1044480+4096, write 1044480+4096"},
+	} {
+		b.begun.Store(0)
+		q := noise(uint64(tc.off), tc.n)
+		r := write(tc.off, q)
+		submit(d, r)
+		if took := b.took(); r.Err != nil || took != tc.want || !bytes.Equal(b.data[tc.off:][:tc.n], q) {
+			t.Errorf("%d bytes at %d: %s, want %s (%v)", tc.n, tc.off, took, tc.want, r.Err)
+		}
+		if n := int(b.begun.Load()); n != strings.Count(tc.want, "+") {
+			t.Errorf("%d bytes at %d: %d transfers were started", tc.n, tc.off, n)
+		}
 	}
-	if err := d.Do(t.Context(), write(512, p)); err != nil || b.begun.Load() != 2 {
-		t.Errorf("Do: %d transfers were started (%v)", b.begun.Load()-2, err)
+	b.begun.Store(0)
+	if err := d.Do(t.Context(), write(512, p)); err != nil || b.begun.Load() != 0 {
+		t.Errorf("Do: %d transfers were started (%v)", b.begun.Load(), err)
 	}
-	b.fail = func(string) error { return errMedium }
-	r := write(512, p)
-	if submit(d, r); !errors.Is(r.Err, errMedium) {
-		t.Errorf("a failure: %v", r.Err)
+	before := bytes.Clone(b.data)
+	for _, what := range []string{"read", "write"} {
+		b.fail = func(op string) error {
+			if strings.HasPrefix(op, what) {
+				return errMedium
+			}
+			return nil
+		}
+		r := write(512, noise(9, 1000))
+		if submit(d, r); !errors.Is(r.Err, errMedium) || !bytes.Equal(b.data, before) {
+			t.Errorf("a failing %s: %v", what, r.Err)
+		}
+	}
+	// Called off between the read and the write.
+	ctx, cancel := context.WithCancel(t.Context())
+	b.fail = func(string) error { cancel(); return nil }
+	r := write(512, noise(9, 1000))
+	done := make(chan struct{})
+	r.Done = func(*blk.Request) { close(done) }
+	d.Submit(ctx, []*blk.Request{r})
+	if <-done; !errors.Is(r.Err, context.Canceled) || !bytes.Equal(b.data, before) {
+		t.Errorf("called off: %v", r.Err)
+	}
+	b.fail = nil
+	// Writes to parts of one block follow each other, and all of them stay.
+	var all []*blk.Request
+	for i := range int64(64) {
+		all = append(all, write(8192+i*60, bytes.Repeat([]byte{byte(i) + 1}, 50)))
+	}
+	submit(d, all...)
+	for i, r := range all {
+		if r.Err != nil || !bytes.Equal(b.data[r.Off:][:50], r.Vec[0].Bytes()) {
+			t.Errorf("write %d of one block: %v", i, r.Err)
+		}
 	}
 }
 

@@ -51,10 +51,10 @@ func (tr *tracker) begin(ctx context.Context, t *tracked, start, end int64, seri
 }
 
 // tryBegin adds t if it need not wait.
-func (tr *tracker) tryBegin(t *tracked, start, end int64) bool {
+func (tr *tracker) tryBegin(t *tracked, start, end int64, serialising bool) bool {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
-	tr.add(t, start, end, false)
+	tr.add(t, start, end, serialising)
 	if tr.conflict(t) == nil {
 		return true
 	}

@@ -81,7 +81,7 @@ func TestTrackerCancelled(t *testing.T) {
 		synctest.Wait()
 		go func() { result <- tr.begin(t.Context(), &third, 4096, 8192, false) }()
 		synctest.Wait()
-		if tr.tryBegin(new(tracked), 0, 1) {
+		if tr.tryBegin(new(tracked), 0, 1, false) {
 			t.Error("tryBegin passed a request that has the range for itself")
 		}
 		cancel()
