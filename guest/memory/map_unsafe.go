@@ -11,9 +11,10 @@ import (
 const hugePage = 2 << 20
 
 // reserve maps private zeroed memory and returns the mapping, to be unmapped as it is, and the size bytes of it that
-// start on a hugePage border.
+// start on a hugePage border. The mapping goes on to the next border, so that their end may lie in a huge page, too.
 func reserve(size int) (mapping, host []byte, err error) {
-	mapping, err = unix.Mmap(-1, 0, size+hugePage, unix.PROT_READ|unix.PROT_WRITE,
+	length := (size + hugePage - 1) &^ (hugePage - 1)
+	mapping, err = unix.Mmap(-1, 0, length+hugePage, unix.PROT_READ|unix.PROT_WRITE,
 		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
 		return nil, nil, err

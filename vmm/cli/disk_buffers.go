@@ -18,8 +18,7 @@ type benchBuffers struct {
 // newBenchBuffers returns n buffers of size bytes, each at the start of a page, so that nothing is copied to align it.
 func newBenchBuffers(n, size int) (*benchBuffers, error) {
 	stride := (size + memory.PageSize - 1) &^ (memory.PageSize - 1)
-	const whole = 2 << 20 // of huge pages
-	total := (uint64(n)*uint64(stride) + whole - 1) &^ (whole - 1)
+	total := uint64(n) * uint64(stride)
 	if total > memory.HoleStart {
 		return nil, fmt.Errorf("%d requests of %d bytes: want %d bytes at most in all (lower --depth or --size)",
 			n, size, int64(memory.HoleStart))
