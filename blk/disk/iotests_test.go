@@ -131,17 +131,7 @@ func newSession(t *testing.T, uri string, disk *fault.Disk) *session {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // t.Context ends before the clean-up
 	cmd := exec.CommandContext(ctx, hosttest.Tool(t, "qemu-io"), "-f", "raw", uri)
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	in, out := hosttest.Start(t, cmd)
 	s := &session{t: t, in: in, out: bufio.NewReader(out), disk: disk, ctx: ctx}
 	t.Cleanup(func() {
 		_ = in.Close()

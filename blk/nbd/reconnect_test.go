@@ -67,14 +67,20 @@ func TestReconnectUnderLoad(t *testing.T) {
 			})
 		})
 	}
+	r.comeAndGo(&ops)
+	stop.Store(true)
+	wg.Wait()
+}
+
+// comeAndGo takes the server down and up again, eight times, each after 50 more of what ops counts.
+func (r *restartable) comeAndGo(ops *atomic.Int64) {
+	r.tb.Helper()
 	for range 8 {
 		seen := ops.Load()
-		eventually(t, "requests go on", func() bool { return ops.Load() > seen+50 || t.Failed() })
+		eventually(r.tb, "requests go on", func() bool { return ops.Load() > seen+50 || r.tb.Failed() })
 		r.down()
 		r.up()
 	}
-	stop.Store(true)
-	wg.Wait()
 }
 
 func TestReconnectDelay(t *testing.T) {

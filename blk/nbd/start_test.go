@@ -167,12 +167,7 @@ func TestStartedReconnect(t *testing.T) {
 			}
 		})
 	}
-	for range 8 {
-		seen := ops.Load()
-		eventually(t, "transfers go on", func() bool { return ops.Load() > seen+50 || t.Failed() })
-		r.down()
-		r.up()
-	}
+	r.comeAndGo(&ops)
 	stop.Store(true)
 	wg.Wait()
 }

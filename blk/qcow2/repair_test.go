@@ -65,28 +65,42 @@ func TestRepairSnapshots(t *testing.T) {
 				if err := im.sync(); err != nil {
 					t.Fatal(err)
 				}
-				path := filepath.Join(t.TempDir(), "image")
-				writeFile(t, path, m.b)
-				if out, err := tryQEMU(t, "qemu-img", "check", "-f", "qcow2", path); exitCode(err) != 2 { // corruptions
-					t.Fatalf("qemu-img check finds nothing wrong: %v\n%s", err, out)
+				if _, r := repaired(t, a, m.b); r.FixedCorruptions+r.FixedLeaks == 0 {
+					t.Fatalf("repair: %+v", r)
 				}
-				im = mustOpen(t, onDisk(t, path), Options{Repair: true})
-				if r, err := Check(context.Background(), im, RepairAll); err != nil || r.FixedCorruptions+r.FixedLeaks == 0 || !r.Clean() {
-					t.Fatalf("repair: %+v, %v", r, err)
-				}
-				mustClose(t, im)
-				qemuCheck(t, path)
-				im = mustOpen(t, onDisk(t, path), Options{})
-				inspect(t, "repaired", im)
-				if !a.is(t, im) {
-					t.Fatal("repaired, it is not what it was")
-				}
-				a.use(t, "repaired", im)
-				mustClose(t, im)
-				qemuCheck(t, path)
 			})
 		}
 	}
+}
+
+// repaired puts a spoiled image of a into a file, repairs it and checks that it is what it was. found is what a check
+// without a repair finds before.
+func repaired(t *testing.T, a *album, spoiled []byte) (found, fixed Report) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "image")
+	writeFile(t, path, spoiled)
+	if out, err := tryQEMU(t, "qemu-img", "check", "-f", "qcow2", path); exitCode(err) != 2 { // corruptions
+		t.Fatalf("qemu-img check finds nothing wrong: %v\n%s", err, out)
+	}
+	im := mustOpen(t, onDisk(t, path), Options{Repair: true})
+	found, err := Check(context.Background(), im, RepairNone)
+	if err != nil || found.Clean() {
+		t.Fatalf("check: %+v, %v", found, err)
+	}
+	if fixed, err = Check(context.Background(), im, RepairAll); err != nil || !fixed.Clean() {
+		t.Fatalf("repair: %+v, %v", fixed, err)
+	}
+	mustClose(t, im)
+	qemuCheck(t, path)
+	im = mustOpen(t, onDisk(t, path), Options{})
+	inspect(t, "repaired", im)
+	if !a.is(t, im) {
+		t.Fatal("repaired, it is not what it was")
+	}
+	a.use(t, "repaired", im)
+	mustClose(t, im)
+	qemuCheck(t, path)
+	return found, fixed
 }
 
 // What refers to nothing, and entries that lack what the format demands, are found as qemu-img finds them, and mended.
@@ -136,26 +150,9 @@ func TestRepairEntries(t *testing.T) {
 			m := &memory{b: bytes.Clone(a.file)}
 			im := mustOpen(t, device(t, m), Options{})
 			spoil(t, im)
-			path := filepath.Join(t.TempDir(), "image")
-			writeFile(t, path, m.b)
-			if out, err := tryQEMU(t, "qemu-img", "check", "-f", "qcow2", path); exitCode(err) != 2 { // corruptions
-				t.Fatalf("qemu-img check finds nothing wrong: %v\n%s", err, out)
+			if found, fixed := repaired(t, a, m.b); found.Corruptions == 0 || fixed.FixedCorruptions == 0 {
+				t.Fatalf("check: %+v; repair: %+v", found, fixed)
 			}
-			im = mustOpen(t, onDisk(t, path), Options{Repair: true})
-			if r, err := Check(context.Background(), im, RepairNone); err != nil || r.Corruptions == 0 || r.Clean() {
-				t.Fatalf("check: %+v, %v", r, err)
-			}
-			if r, err := Check(context.Background(), im, RepairAll); err != nil || r.FixedCorruptions == 0 || !r.Clean() {
-				t.Fatalf("repair: %+v, %v", r, err)
-			}
-			mustClose(t, im)
-			qemuCheck(t, path)
-			im = mustOpen(t, onDisk(t, path), Options{})
-			inspect(t, "repaired", im)
-			if !a.is(t, im) {
-				t.Fatal("repaired, it is not what it was")
-			}
-			mustClose(t, im)
 		})
 	}
 }

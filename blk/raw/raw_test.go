@@ -285,17 +285,7 @@ func TestLocksOfQEMU(t *testing.T) {
 				args = append([]string{"-r"}, args...)
 			}
 			cmd := exec.Command("qemu-io", args...)
-			in, err := cmd.StdinPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			out, err := cmd.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
+			in, out := hosttest.Start(t, cmd)
 			if _, err := io.ReadFull(out, make([]byte, len("qemu-io> "))); err != nil { // it has the disk open
 				t.Fatal(err)
 			}

@@ -3,6 +3,7 @@
 package hosttest
 
 import (
+	"io"
 	"os"
 	"os/exec"
 	"runtime"
@@ -80,6 +81,23 @@ func openFiles(tb testing.TB) (files []string) {
 	}
 	slices.Sort(files)
 	return files
+}
+
+// Start starts cmd with pipes to its standard input and from its standard output. To close in and to wait for the end is
+// the caller's.
+func Start(tb testing.TB, cmd *exec.Cmd) (in io.WriteCloser, out io.Reader) {
+	tb.Helper()
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if out, err = cmd.StdoutPipe(); err != nil {
+		tb.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	return in, out
 }
 
 // Tool returns the path of a program. Without it the test is skipped, or fails if KVMLET_REQUIRE is "all".

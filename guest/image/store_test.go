@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 )
 
 const (
@@ -81,17 +83,7 @@ func TestStoreProcesses(t *testing.T) {
 		cmd := exec.CommandContext(t.Context(), exe)
 		cmd.Env = append(os.Environ(), helperEnv+"="+dir)
 		cmd.Stderr = os.Stderr
-		in, err := cmd.StdinPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		in, out := hosttest.Start(t, cmd)
 		r := bufio.NewReader(out)
 		if line, err := r.ReadString('\n'); err != nil || line != "ready\n" {
 			t.Fatalf("builder said %q, %v", line, err)

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/kvmlet/kvmlet/blk/raw"
+	"github.com/kvmlet/kvmlet/guest/hosttest"
 )
 
 // Environment variables that make the test binary something else.
@@ -117,17 +118,7 @@ func lockElsewhere(t *testing.T, path string) {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), asLocker+"="+path)
 	cmd.Stderr = os.Stderr
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	stdin, stdout := hosttest.Start(t, cmd)
 	t.Cleanup(func() {
 		_ = stdin.Close() // which ends it
 		if err := cmd.Wait(); err != nil {
