@@ -9,7 +9,8 @@ PREFIX ?= /usr/local
 ARGS ?=
 
 # Packages whose tests boot machines in the lab. Two run at a time, since a lab takes one core, and without the race
-# detector, which QEMU's emulation would slow down too much.
+# detector, which QEMU's emulation would slow down too much. They run programs that go test does not know of, so what its
+# cache has of them may be about other programs (-count=1).
 LAB_PACKAGES ?= guest/guesttest guest/lab guest/lab/labtest vmm vmm/cli/clitest
 PACKAGES     = $(eval PACKAGES := $$(shell PATH='$(PATH)' go list ./...))$(PACKAGES)
 LAB          = $(filter $(addprefix $(MODULE)/,$(LAB_PACKAGES)),$(PACKAGES))
@@ -51,7 +52,7 @@ test: setup $(CACHE)/bin/testsum
 	@KVMLET_REQUIRE=all $(CACHE)/bin/testsum \
 		'go vet ./...' \
 		'go test -json -vet=off -race -timeout $(TIMEOUT) $(RACE)' \
-		$(if $(LAB),'go test -json -vet=off -p 2 -timeout $(LAB_TIMEOUT) $(LAB)') \
+		$(if $(LAB),'go test -json -vet=off -count=1 -p 2 -timeout $(LAB_TIMEOUT) $(LAB)') \
 		'go run ./scripts/fuzz -time 3s -total $(TEST_FUZZTIME)'
 
 fuzz: setup $(CACHE)/bin/testsum
